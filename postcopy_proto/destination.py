@@ -98,6 +98,17 @@ class DestinationConnection:
         """Whether the stream's EOF has been read, after a switchover or without one."""
         return self.state in (ForwardState.END, ForwardState.PRECOPY_END)
 
+    @property
+    def outstanding(self) -> int:
+        """Host pages that were asked for and have not arrived."""
+        self._forget_answered()
+        return sum(len(starts) for starts in self._requested.values())
+
+    def _forget_answered(self) -> None:
+        for idstr, starts in self._requested.items():
+            if starts:
+                starts -= {start for start in starts if self.has_page(idstr, start)}
+
     # ---- forward channel
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:

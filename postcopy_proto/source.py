@@ -196,8 +196,7 @@ class SourceConnection:
                 for name, block in self.blocks.items()
             }
         plan = plan_discards(list(self.blocks.values()), dirty, page_size=self._target_page_size)
-        for piece in plan:
-            yield piece
+        yield from plan
         self._owed = {name: bitmap.bits for name, bitmap in plan.dirty.items()}
         self._owed_count = sum(bits.count() for bits in self._owed.values())
         self.discard_commands, self.discard_ranges = plan.command_count, plan.range_count
@@ -371,8 +370,9 @@ class SourceConnection:
             return
         after = next_return_path_state(self.return_path_state, event)
         if after is None:
+            allowed = expected(RETURN_PATH[self.return_path_state])
             raise RemoteProtocolError(
-                f"not allowed here; expected one of: {expected(RETURN_PATH[self.return_path_state])}",
+                f"not allowed here; expected one of: {allowed}",
                 kind=ErrorKind.STATE,
                 message=event.NAME,
             )

@@ -1,0 +1,343 @@
+"""The destination's event loop: one thread, one poll over every descriptor of a migration.
+
+Forward channel, preempt channel, return path and userfaultfd are served by the same thread: a
+second thread would wait for the interpreter's lock just when a vCPU waits for its page. Faults
+are drained in batches before anything else, their requests leave in one send, urgent pages are
+placed before those of the background.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from postcopy_proto import messages as m
+from postcopy_proto.destination import DestinationConnection
+from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
+from postcopy_proto.net.transport import Listener, TransportError, tune
+from postcopy_proto.states import ReturnPathState
+
+CLOSE_TIMEOUT = 10.0
+"""Seconds that a source gets to close after our SHUT before we close on it. Closing first, with
+bytes unread, could reset the connection and take the SHUT with it."""
+
+
+class TransferMode(Enum):
+    """The one setting for the trade between latency and throughput.
+
+    Its value is the most bytes read from the forward channel before faults are looked at again,
+    which bounds how long a fault or an urgent page waits behind background pages.
+    """
+
+    LATENCY = 64 * 1024
+    THROUGHPUT = 1024 * 1024
+
+
+class Target(Protocol):
+    """What a destination's memory does at each step of a migration; see `net.target`."""
+
+    def open(self, connection: DestinationConnection, configuration: m.Configuration) -> None:
+        """RAM's block list has arrived: `connection.blocks`. No page has."""
+
+    def place(self, pages: m.Pages, channel: Channel) -> None:
+        """Place a batch that arrived on that channel."""
+
+    def prepare_discard(self) -> None:
+        """The first discard is about to come."""
+
+    def discard(self, block: str, start: int, length: int) -> None:
+        """Drop a range that will be sent again."""
+
+    def listen(self) -> None:
+        """LISTEN: from here on pages are placed while somebody may wait for them."""
+
+    def run(self) -> None:
+        """RUN: the VM may run."""
+
+    def device_state(self, data: bytes) -> None:
+        """The device sections, verbatim."""
+
+    def fileno(self) -> int | None:
+        """The userfaultfd to poll, or None when no faults can come."""
+
+    def read_faults(self) -> list[tuple[str, int]]:
+        """(idstr, byte offset) of every host page that somebody waits for."""
+
+    def tick(self) -> None:
+        """Called each time round the loop."""
+
+    def finish(self) -> None:
+        """The stream has ended and every page has arrived."""
+
+
+@dataclass(slots=True)
+class DestinationStatistics:
+    """What went through a destination, for people and machines."""
+
+    bytes: int = 0
+    pages: int = 0
+    zero_pages: int = 0
+    urgent_pages: int = 0
+    """pages that came on the preempt channel"""
+    discard_commands: int = 0
+    discard_ranges: int = 0
+    faults: int = 0
+    requests: int = 0
+    package_bytes: int = 0
+    connected_at: float = 0.0
+    listen_at: float | None = None
+    """when LISTEN was read, on the monotonic clock as all times here"""
+    ended_at: float | None = None
+    bytes_at_listen: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """From the connection to the end of the stream."""
+        return (self.ended_at or time.monotonic()) - self.connected_at
+
+    @property
+    def postcopy_seconds(self) -> float | None:
+        """From LISTEN to the end of the stream; None when it never came."""
+        if self.listen_at is None:
+            return None
+        return (self.ended_at or time.monotonic()) - self.listen_at
+
+    @property
+    def postcopy_bytes(self) -> int:
+        """Bytes that arrived after LISTEN."""
+        return self.bytes - self.bytes_at_listen if self.listen_at is not None else 0
+
+
+class DestinationLoop:
+    """Runs one migration from a source that connects to `listener` into `target`.
+
+    `silence` is how many seconds the source may send nothing before it is given up (None: no
+    limit); waiting for it to connect has a limit of its own, `accept_timeout`.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        connection: DestinationConnection,
+        target: Target,
+        *,
+        mode: TransferMode = TransferMode.THROUGHPUT,
+        silence: float | None = 60.0,
+        accept_timeout: float | None = None,
+        on_progress: Callable[[DestinationStatistics], None] | None = None,
+    ) -> None:
+        self._listener = listener
+        self._connection = connection
+        self._target = target
+        self._read_size = mode.value
+        self._silence = silence
+        self._accept_timeout = accept_timeout
+        self._on_progress = on_progress
+        self._forward: socket.socket | None = None
+        self._preempt: socket.socket | None = None
+        self._configuration: m.Configuration | None = None
+        self._out = bytearray()
+        self._discarding = False
+        self._poll = select.poll()
+        self._faults_fd: int | None = None
+        self._last_heard = 0.0
+        self.statistics = DestinationStatistics()
+
+    def run(self) -> DestinationStatistics:
+        """The whole migration. RemoteProtocolError, TransportError or UserfaultError end it.
+
+        Whatever happens, the connections are closed; SHUT is sent only after a proper end, for
+        a source reads anything else after the switchover as leave to start its VM again.
+        """
+        try:
+            self._accept_forward()
+            while not self._done():
+                self._turn()
+            self.statistics.ended_at = time.monotonic()
+            self._target.finish()
+            self._say_goodbye()
+        finally:
+            for sock in (self._forward, self._preempt):
+                if sock is not None:
+                    sock.close()
+        return self.statistics
+
+    def _accept_forward(self) -> None:
+        self._forward = self._listener.accept(self._accept_timeout)
+        self._forward.setblocking(False)
+        self._poll.register(self._forward, select.POLLIN)
+        self._poll.register(self._listener, select.POLLIN)
+        self._last_heard = self.statistics.connected_at = time.monotonic()
+
+    def _done(self) -> bool:
+        """With a preempt channel, requested pages may still be on their way behind the EOF."""
+        if not self._connection.ended:
+            return False
+        return self._preempt is None or self._connection.outstanding == 0
+
+    def _turn(self) -> None:
+        """Once round: wait, then faults, urgent pages, background, in this order."""
+        ready = dict(self._poll.poll(self._poll_milliseconds()))
+        self._target.tick()
+        if self._faults_fd is not None and self._faults_fd in ready:
+            self._serve_faults()
+        if self._listener.fileno() in ready:
+            self._accept_preempt()
+        if self._preempt is not None and self._preempt.fileno() in ready:
+            self._read(self._preempt, Channel.PREEMPT)
+        assert self._forward is not None
+        happened = ready.get(self._forward.fileno(), 0)
+        if happened & select.POLLOUT:
+            self._flush()
+        if happened & ~select.POLLOUT and not self._connection.ended:
+            self._read(self._forward, Channel.FORWARD)
+        if not ready:
+            self._check_silence()
+        if self._on_progress is not None:
+            self._on_progress(self.statistics)
+
+    def _poll_milliseconds(self) -> int:
+        # Short enough for a progress display and for noticing what `tick` looks at.
+        return 200
+
+    def _check_silence(self) -> None:
+        quiet = time.monotonic() - self._last_heard
+        if self._silence is not None and quiet > self._silence:
+            raise RemoteProtocolError(
+                f"the source has been silent for {self._silence:g} s",
+                kind=ErrorKind.TIMEOUT,
+                channel=Channel.FORWARD,
+                offset=self._connection.offset,
+                state=str(self._connection.state),
+            )
+
+    def _accept_preempt(self) -> None:
+        """The second connection is the preempt channel: it has no magic, only its order."""
+        second, _ = self._listener.socket.accept()
+        if self._preempt is not None:
+            second.close()
+            return
+        tune(second)
+        second.setblocking(False)
+        self._preempt = second
+        self._poll.register(second, select.POLLIN)
+
+    # ---- bytes in
+
+    def _read(self, sock: socket.socket, channel: Channel) -> None:
+        try:
+            data = sock.recv(self._read_size)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            raise TransportError(f"{channel} channel: {error.strerror or error}") from error
+        self._last_heard = time.monotonic()
+        self.statistics.bytes += len(data)
+        if channel is Channel.PREEMPT:
+            if not data:
+                self._poll.unregister(sock)
+            self._connection.receive_preempt_data(data)
+        else:
+            self._connection.receive_data(data)
+        self._handle_events(channel)
+
+    def _handle_events(self, channel: Channel) -> None:
+        preempt = channel is Channel.PREEMPT
+        next_event = self._connection.next_preempt_event if preempt else self._connection.next_event
+        while True:
+            event = next_event()
+            if isinstance(event, m.NeedData | m.EndOfStream):
+                break
+            self._handle(event, channel)
+        self._flush()
+
+    def _handle(self, event: m.Message, channel: Channel) -> None:
+        statistics = self.statistics
+        match event:
+            case m.Pages():
+                statistics.pages += len(event)
+                statistics.zero_pages += int(event.zero.sum())
+                if channel is Channel.PREEMPT:
+                    statistics.urgent_pages += len(event)
+                self._target.place(event, channel)
+            case m.Configuration():
+                self._configuration = event
+            case m.RamBlockList():
+                assert self._configuration is not None  # by the state table
+                self._target.open(self._connection, self._configuration)
+            case m.Ping(value):
+                if self._connection.return_path_state is not ReturnPathState.CLOSED:
+                    self._out += self._connection.send(m.Pong(value))
+            case m.PostcopyRamDiscard(block, ranges):
+                if not self._discarding:
+                    self._discarding = True
+                    self._target.prepare_discard()
+                statistics.discard_commands += 1
+                statistics.discard_ranges += len(ranges)
+                for start, length in ranges:
+                    self._target.discard(block, start, length)
+            case m.Packaged(payload):
+                statistics.package_bytes = len(payload)
+            case m.PostcopyListen():
+                self._listen()
+            case m.DeviceState(data):
+                self._target.device_state(data)
+            case m.PostcopyRun():
+                self._target.run()
+            case _:
+                pass
+
+    def _listen(self) -> None:
+        self.statistics.listen_at = time.monotonic()
+        self.statistics.bytes_at_listen = self.statistics.bytes
+        self._target.listen()
+        self._faults_fd = self._target.fileno()
+        if self._faults_fd is not None:
+            self._poll.register(self._faults_fd, select.POLLIN)
+
+    # ---- bytes out
+
+    def _serve_faults(self) -> None:
+        faults = self._target.read_faults()
+        self.statistics.faults += len(faults)
+        data, count = self._connection.request_pages(faults)
+        self.statistics.requests += count
+        self._out += data
+        self._flush()
+
+    def _flush(self) -> None:
+        assert self._forward is not None
+        if self._out:
+            try:
+                sent = self._forward.send(self._out)
+                del self._out[:sent]
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError as error:
+                raise TransportError(f"return path: {error.strerror or error}") from error
+        wanted = select.POLLIN | (select.POLLOUT if self._out else 0)
+        self._poll.modify(self._forward, wanted)
+
+    def _say_goodbye(self) -> None:
+        """SHUT 0, then let the source close first."""
+        assert self._forward is not None
+        if self._connection.return_path_state in (ReturnPathState.CLOSED, ReturnPathState.SHUT):
+            return
+        self._out += self._connection.send(m.Shut(0))
+        self._forward.settimeout(CLOSE_TIMEOUT)
+        try:
+            self._forward.sendall(self._out)
+        except OSError as error:
+            raise TransportError(f"return path, sending SHUT: {error.strerror or error}") from error
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        try:
+            self._forward.shutdown(socket.SHUT_WR)
+            while time.monotonic() < deadline and self._forward.recv(65536):
+                pass
+        except OSError:
+            pass  # the source has its SHUT; how it hangs up is its own affair

@@ -1,0 +1,269 @@
+"""The source's event loop: one thread that answers requests before it sends anything else.
+
+Background pages leave in small batches, each only when the socket has taken the one before, so
+that a request never waits behind more than one batch of ours and what the kernel has buffered.
+How much that may be is the transfer mode's business.
+"""
+
+from __future__ import annotations
+
+import array
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from postcopy_proto import messages as m
+from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
+from postcopy_proto.net.destination_loop import TransferMode
+from postcopy_proto.net.transport import TransportError
+from postcopy_proto.ramblock import TARGET_PAGE_SIZE
+from postcopy_proto.source import PageBatch, SourceConnection
+
+RECEIVE_BYTES = 65536
+"""Most bytes read from the return path at once: some thousand requests."""
+
+
+@dataclass(slots=True)
+class SourceStatistics:
+    """What went out of a source; times are on the monotonic clock."""
+
+    bytes: int = 0
+    pages: int = 0
+    zero_pages: int = 0
+    requested_pages: int = 0
+    started_at: float = field(default_factory=time.monotonic)
+    package_at: float | None = None
+    first_request_at: float | None = None
+    ended_at: float | None = None
+    request_latency_ns: array.array[int] = field(default_factory=lambda: array.array("q"))
+    """for each request answered: from reading it to handing its page to the kernel"""
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the destination's SHUT."""
+        return (self.ended_at or time.monotonic()) - self.started_at
+
+
+class SourceLoop:
+    """Sends what a `SourceConnection` gives, over `forward` and perhaps `preempt`.
+
+    `silence` is how long the destination may take to accept or answer anything while we have to
+    wait for it, in seconds (None: no limit). `bandwidth` bounds background pages, in bytes a
+    second (None: no limit; 0: only what is asked for). Requests are never held back by it.
+    """
+
+    def __init__(
+        self,
+        connection: SourceConnection,
+        forward: socket.socket,
+        preempt: socket.socket | None = None,
+        *,
+        mode: TransferMode = TransferMode.THROUGHPUT,
+        silence: float | None = 60.0,
+        bandwidth: float | None = None,
+        on_progress: Callable[[SourceStatistics], None] | None = None,
+    ) -> None:
+        self._connection = connection
+        self._sockets = {Channel.FORWARD: forward}
+        if preempt is not None:
+            self._sockets[Channel.PREEMPT] = preempt
+        for sock in self._sockets.values():
+            sock.setblocking(False)
+            # Half of the bound on what lies before an urgent page; the kernel doubles it.
+            if mode is TransferMode.LATENCY:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, mode.value // 2)
+        self._batch_pages = mode.value // TARGET_PAGE_SIZE
+        self._silence = silence
+        self._bandwidth = bandwidth
+        self._on_progress = on_progress
+        self._pending: dict[Channel, deque[memoryview]] = {c: deque() for c in self._sockets}
+        self._poll = select.poll()
+        self._asked_at: dict[int, int] = {}
+        self._numbered = 0
+        self._ended = False
+        self._budget_at = time.monotonic()
+        self._budget = 0.0
+        self.statistics = SourceStatistics()
+
+    # ---- the phases
+
+    def send(self, pieces: Iterable[bytes | memoryview]) -> None:
+        """Send pieces of the forward channel in order, reading the return path meanwhile."""
+        for piece in pieces:
+            self._queue(Channel.FORWARD, memoryview(piece))
+            self._drain()
+
+    def deliver(self, *, until: Callable[[], bool] | None = None, background: bool = True) -> None:
+        """The postcopy phase: answer requests and send the rest until nothing is owed.
+
+        `until`, asked each time round, ends it earlier. With `background` False only requests are
+        answered.
+        """
+        while self._connection.owed and not (until is not None and until()):
+            self._receive()
+            self._answer()
+            if not self._pending[Channel.FORWARD] and background and self._may_send_background():
+                batch = self._connection.next_batch(self._batch_pages)
+                if batch is not None:
+                    self._queue_batch(batch)
+            self._flush()
+            idle = not any(self._pending.values())
+            if not (idle and background and self._may_send_background()):
+                self._wait(self._milliseconds_to_budget() if idle else 1000)
+            self._progress()
+        self._drain()
+
+    def finish(self) -> None:
+        """END and EOF, then the wait for SHUT 0; RemoteProtocolError for any other status."""
+        self.send([self._connection.finish()])
+        heard = time.monotonic()
+        while self._connection.shut_status is None:
+            if self._receive():
+                heard = time.monotonic()
+            elif self._silence is not None and time.monotonic() - heard > self._silence:
+                raise self._timeout("SHUT")
+            if self._connection.shut_status is None:
+                self._wait(200)
+        self.statistics.ended_at = time.monotonic()
+        self._progress()
+        if self._connection.shut_status != 0:
+            raise RemoteProtocolError(
+                f"the destination ended with status {self._connection.shut_status}",
+                kind=ErrorKind.REMOTE,
+                channel=Channel.RETURN,
+                message=m.Shut.NAME,
+            )
+
+    # ---- out
+
+    def _answer(self) -> None:
+        """Send every page asked for that can go now, before anything else."""
+        while self._connection.has_requests and self._channel_for_requests_is_free():
+            batch = self._connection.next_batch(self._batch_pages, background=False)
+            if batch is None:
+                return
+            self._queue_batch(batch)
+            self._flush()
+
+    def _channel_for_requests_is_free(self) -> bool:
+        channel = Channel.PREEMPT if Channel.PREEMPT in self._sockets else Channel.FORWARD
+        return not self._pending[channel]
+
+    def _queue_batch(self, batch: PageBatch) -> None:
+        self._queue(batch.channel, batch.data)
+        self._flush()
+        statistics = self.statistics
+        statistics.pages += batch.pages
+        statistics.zero_pages += batch.zero_pages
+        if batch.urgent:
+            statistics.requested_pages += batch.pages
+        else:
+            self._budget -= len(batch.data)
+        now = time.monotonic_ns()
+        for number in batch.requests:
+            asked_at = self._asked_at.pop(number, None)
+            if asked_at is not None:
+                statistics.request_latency_ns.append(now - asked_at)
+
+    def _queue(self, channel: Channel, data: memoryview) -> None:
+        self._pending[channel].append(data)
+
+    def _flush(self) -> None:
+        """Hand to the kernel what it takes now."""
+        for channel, pending in self._pending.items():
+            while pending:
+                try:
+                    sent = self._sockets[channel].send(pending[0])
+                except (BlockingIOError, InterruptedError):
+                    break
+                except OSError as error:
+                    raise self._broken(channel, error) from error
+                self.statistics.bytes += sent
+                if sent == len(pending[0]):
+                    pending.popleft()
+                else:
+                    pending[0] = pending[0][sent:]
+
+    def _drain(self) -> None:
+        """Send all that is queued; the destination must go on reading."""
+        self._flush()
+        moved = time.monotonic()
+        before = self.statistics.bytes
+        while any(self._pending.values()):
+            self._receive()
+            self._wait(200)
+            self._flush()
+            if self.statistics.bytes != before:
+                moved, before = time.monotonic(), self.statistics.bytes
+            elif self._silence is not None and time.monotonic() - moved > self._silence:
+                raise self._timeout("our bytes to be read")
+        self._progress()
+
+    def _may_send_background(self) -> bool:
+        if self._bandwidth is None:
+            return True
+        now = time.monotonic()
+        # A tenth of a second's worth at most is saved up: QEMU's slice.
+        self._budget = min(
+            self._budget + (now - self._budget_at) * self._bandwidth, self._bandwidth / 10
+        )
+        self._budget_at = now
+        return self._budget > 0
+
+    def _milliseconds_to_budget(self) -> int:
+        if not self._bandwidth:
+            return 200
+        return max(1, min(200, int(-self._budget / self._bandwidth * 1000)))
+
+    # ---- in
+
+    def _receive(self) -> bool:
+        """Read the return path as far as it goes; whether anything came."""
+        if self._ended:
+            return False
+        try:
+            data = self._sockets[Channel.FORWARD].recv(RECEIVE_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            raise self._broken(Channel.RETURN, error) from error
+        self._ended = not data
+        now = time.monotonic_ns()
+        self._connection.receive_data(data)
+        while not isinstance(event := self._connection.next_event(), m.NeedData | m.EndOfStream):
+            if isinstance(event, m.ReqPages | m.ReqPagesId):
+                self._asked_at[self._numbered] = now
+                self._numbered += 1
+                if self.statistics.first_request_at is None:
+                    self.statistics.first_request_at = now / 1e9
+        return True
+
+    def _wait(self, milliseconds: int) -> None:
+        for channel, sock in self._sockets.items():
+            wanted = select.POLLOUT if self._pending[channel] else 0
+            if channel is Channel.FORWARD and not self._ended:
+                wanted |= select.POLLIN
+            self._poll.register(sock, wanted)
+        self._poll.poll(milliseconds)
+
+    def _progress(self) -> None:
+        if self._on_progress is not None:
+            self._on_progress(self.statistics)
+
+    # ---- errors
+
+    def _timeout(self, what: str) -> RemoteProtocolError:
+        return RemoteProtocolError(
+            f"waited {self._silence:g} s for {what}",
+            kind=ErrorKind.TIMEOUT,
+            channel=Channel.RETURN,
+            state=str(self._connection.return_path_state),
+        )
+
+    def _broken(self, channel: Channel, error: OSError) -> TransportError:
+        return TransportError(
+            f"the destination went away: {channel} channel: {error.strerror or error}"
+        )
