@@ -16,3 +16,14 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 4096, 256M or 2G")
     number, unit = match.groups()
     return int(number, 0) << _UNITS[unit.upper()]
+
+
+def block_page_size(text: str) -> tuple[str, int]:
+    """`BLOCK=SIZE`: the name of a RAMBlock and its host page size in bytes."""
+    block, equals, number = text.rpartition("=")
+    if not equals or not block:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected BLOCK=SIZE, like m0=2M")
+    value = size(number)
+    if value < 4096 or value & (value - 1):
+        raise argparse.ArgumentTypeError(f"{number!r} is no power of two of at least 4096")
+    return block, value

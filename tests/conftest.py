@@ -1,0 +1,30 @@
+"""What every test of the suite shares: which machines can run what.
+
+POSTCOPY_NO_SKIP names, comma-separated, the markers whose tests must not be skipped: a machine
+that should be able to run them then fails instead of passing with less.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+NO_SKIP = frozenset(filter(None, os.environ.get("POSTCOPY_NO_SKIP", "").split(",")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, Any, Any]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail"):
+        forced = NO_SKIP & {marker.name for marker in item.iter_markers()}
+        if forced:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"skipped although {', '.join(sorted(forced))} must run here: {report.longrepr}"
+            )
+    return report
