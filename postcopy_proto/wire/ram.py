@@ -1,0 +1,336 @@
+"""Reading RAM records out of a buffer, in batches.
+
+QEMU: migration/ram.c `ram_load_precopy`, `ram_load_postcopy`, `ram_block_from_stream`; the layout
+stands in pages.py. Page payload is never copied: a batch points into the received chunk.
+
+A mix of pages and zero pages is read by a loop over records; once a run of one kind has gone on
+for a while, the headers that follow at its stride are checked together by numpy, in steps that
+double as long as all of them belong to the run.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from postcopy_proto.errors import ErrorKind, RemoteProtocolError
+from postcopy_proto.messages import (
+    CompressedPage,
+    Message,
+    MultifdFlush,
+    Pages,
+    RamEos,
+    XbzrlePage,
+)
+from postcopy_proto.ramblock import RAMBlock
+from postcopy_proto.wire.buffer import ReceiveBuffer
+from postcopy_proto.wire.fields import checked_idstr, malformed
+from postcopy_proto.wire.limits import Limits
+from postcopy_proto.wire.pages import (
+    COMPRESS_PAGE,
+    CONTINUE,
+    ENCODING_FLAG_XBZRLE,
+    EOS,
+    FULL,
+    HOOK,
+    MEM_SIZE,
+    MULTIFD_FLUSH,
+    PAGE,
+    WORD_SIZE,
+    XBZRLE,
+    ZERO,
+    ZERO_RECORD,
+    RamSaveFlag,
+    check_page_size,
+    compress_bound,
+)
+
+BATCH = 4096
+"""Records in one batch at most: bounds the arrays of an event, whatever the chunk's size."""
+
+RUN = 16
+"""Records of one kind in a row after which the next ones are looked at by numpy."""
+
+_WORD = struct.Struct(">Q")
+
+
+class RamReader:
+    """The records of one channel; remembers the block that CONTINUE refers to.
+
+    `blocks` bounds names and offsets; None where no block list is known (recovery, a preempt
+    channel by itself): then any name goes, and offsets end at `limits.block_length`.
+    """
+
+    def __init__(
+        self,
+        buffer: ReceiveBuffer,
+        blocks: Mapping[str, RAMBlock] | None,
+        target_page_size: int,
+        limits: Limits,
+    ) -> None:
+        self.blocks = blocks
+        self._buffer = buffer
+        self._limits = limits
+        self._page_size = check_page_size(target_page_size)
+        self._low = target_page_size - 1
+        self._block: str | None = None
+        self._end = 0  # where the offsets of self._block end, in bytes
+
+    def peek_word(self) -> int:
+        """The word of the next record."""
+        return int.from_bytes(self._buffer.peek(WORD_SIZE), "big")
+
+    def read(self) -> Message:
+        """Take the next record, or batch of page records; NeedMoreError when none is whole.
+
+        RemoteProtocolError for what QEMU refuses, and for MEM_SIZE: a block list opens a START
+        section and stands nowhere else.
+        """
+        word = self.peek_word()
+        flags = word & self._low
+        kind = flags & ~CONTINUE
+        if kind in (PAGE, ZERO):
+            return self._read_pages(word - flags, flags)
+        if kind in (XBZRLE, COMPRESS_PAGE):
+            return self._read_encoded(word - flags, flags)
+        if word == EOS:
+            self._buffer.skip(WORD_SIZE)
+            return RamEos()
+        if word == MULTIFD_FLUSH:
+            self._buffer.skip(WORD_SIZE)
+            return MultifdFlush()
+        raise self._refused(word, flags)
+
+    def _refused(self, word: int, flags: int) -> RemoteProtocolError:
+        if flags in (EOS, MULTIFD_FLUSH):
+            return malformed(
+                f"{RamSaveFlag(flags).name} with offset {word - flags:#x}; it has none", "RAM"
+            )
+        unsupported = {
+            FULL: "RAM_SAVE_FLAG_FULL is obsolete since 2009",
+            HOOK: "RAM_SAVE_FLAG_HOOK belongs to RDMA, which has no stream to read",
+        }
+        if flags & ~CONTINUE in unsupported:
+            return RemoteProtocolError(
+                unsupported[flags & ~CONTINUE], kind=ErrorKind.UNSUPPORTED, message="RAM"
+            )
+        if flags == MEM_SIZE:
+            return RemoteProtocolError(
+                "a block list, which only opens a START section",
+                kind=ErrorKind.STATE,
+                message="MEM_SIZE",
+            )
+        return RemoteProtocolError(
+            f"unknown combination of flags {flags:#x} in word {word:#x}",
+            kind=ErrorKind.UNKNOWN,
+            message="RAM",
+        )
+
+    # ---- names and bounds
+
+    def _head_size(self, flags: int) -> int:
+        """Bytes of the record before its body; settles which block it belongs to."""
+        if flags & CONTINUE:
+            if self._block is None:
+                raise malformed("CONTINUE without a block named before on this channel", "RAM")
+            return WORD_SIZE
+        size = WORD_SIZE + 1 + self._buffer.peek(WORD_SIZE + 1)[WORD_SIZE]
+        name = checked_idstr(self._buffer.peek(size)[WORD_SIZE + 1 :], self._limits.idstr)
+        self._block, self._end = name, self._end_of(name)
+        return size
+
+    def _end_of(self, name: str) -> int:
+        if self.blocks is None:
+            return self._limits.block_length
+        block = self.blocks.get(name)
+        if block is None:
+            raise RemoteProtocolError(
+                f"RAMBlock {name!r} is not in the block list",
+                kind=ErrorKind.UNKNOWN,
+                message="RAM",
+            )
+        return -(-block.used_length // self._page_size) * self._page_size
+
+    def _check_offset(self, offset: int) -> None:
+        if offset >= self._end:
+            raise RemoteProtocolError(
+                f"page at {offset:#x} of RAMBlock {self._block!r}, which ends at {self._end:#x}",
+                kind=ErrorKind.RANGE,
+                message="RAM",
+            )
+
+    # ---- XBZRLE and COMPRESS_PAGE
+
+    def _read_encoded(self, offset: int, flags: int) -> Message:
+        buffer = self._buffer
+        head = self._head_size(flags)
+        self._check_offset(offset)
+        assert self._block is not None
+        if flags & XBZRLE:
+            body, bound, name = head + 3, self._page_size, XbzrlePage.NAME
+            if buffer.peek(head + 1)[head] != ENCODING_FLAG_XBZRLE:
+                raise malformed(
+                    f"encoding {buffer.peek(head + 1)[head]:#04x}; "
+                    f"{ENCODING_FLAG_XBZRLE:#04x} is known",
+                    name,
+                )
+            length = int.from_bytes(buffer.peek(body)[head + 1 :], "big")
+        else:
+            body, bound, name = head + 4, compress_bound(self._page_size), CompressedPage.NAME
+            length = int.from_bytes(buffer.peek(body)[head:], "big")
+        if length > bound:
+            raise malformed(f"{length} bytes for a page; at most {bound} are possible", name)
+        data = bytes(buffer.peek(body + length)[body:])
+        buffer.skip(body + length)
+        named = not flags & CONTINUE
+        if flags & XBZRLE:
+            return XbzrlePage(self._block, offset, data, named)
+        return CompressedPage(self._block, offset, data, named)
+
+    # ---- PAGE and ZERO
+
+    def _read_pages(self, offset: int, flags: int) -> Pages:
+        """A batch: one record, which may carry the name, and those behind it that have CONTINUE.
+
+        The first record is waited for; what follows it is taken as far as it is whole and right,
+        and what is wrong is refused when it is the first of its own batch.
+        """
+        buffer = self._buffer
+        head = self._head_size(flags)
+        self._check_offset(offset)
+        assert self._block is not None
+        is_zero = flags & ZERO
+        record = buffer.peek(head + (1 if is_zero else self._page_size))
+        if is_zero and record[head]:
+            raise malformed(f"a zero page with fill byte {record[head]:#04x}; it must be 0", "ZERO")
+        start, size = buffer.pos, len(record)
+        batch = _Batch(buffer.view, start, buffer.end, self._page_size)
+        batch.add(offset, -1 if is_zero else start + head, size)
+        batch.extend()
+        offsets, positions, end = batch.within(self._end)
+        buffer.pos = end
+        return Pages(
+            block=self._block,
+            offsets=offsets,
+            positions=positions,
+            data=buffer.view[start:end],
+            page_size=self._page_size,
+            named=not flags & CONTINUE,
+        )
+
+
+class _Batch:
+    """Records collected from a window of bytes, from `start` on."""
+
+    def __init__(self, view: memoryview, start: int, end: int, page_size: int) -> None:
+        self._view = view
+        self._start = start
+        self._pos = start
+        self._end = end
+        self._page_size = page_size
+        self._page_record = WORD_SIZE + page_size
+        self._words: list[int] = []  # with flags still in them
+        self._positions: list[int] = []
+        self._done: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []
+        self._room = BATCH
+        self._first_size = 0
+
+    def add(self, word: int, position: int, size: int) -> None:
+        """The first record, already found good, and its size."""
+        self._words.append(word)
+        self._positions.append(position)
+        self._first_size = size
+        self._pos += size
+
+    def extend(self) -> None:
+        """Collect the records behind that have CONTINUE and have arrived whole."""
+        view, end, unpack = self._view, self._end, _WORD.unpack_from
+        low, page_record = self._page_size - 1, self._page_record
+        words, positions = self._words, self._positions
+        pos, run, run_flags = self._pos, 0, 0
+        last_word = end - WORD_SIZE
+        while len(words) < self._room and pos <= last_word:
+            (word,) = unpack(view, pos)
+            flags = word & low
+            if flags == PAGE | CONTINUE:
+                if pos + page_record > end:
+                    break
+                positions.append(pos + WORD_SIZE)
+                pos += page_record
+            elif flags == ZERO | CONTINUE:
+                if pos + ZERO_RECORD > end or view[pos + WORD_SIZE]:
+                    break
+                positions.append(-1)
+                pos += ZERO_RECORD
+            else:
+                break
+            words.append(word)
+            if flags == run_flags:
+                run += 1
+                if run == RUN:
+                    self._flush()
+                    pos = self._extend_run(pos, flags)
+                    words, positions = self._words, self._positions
+                    run = 0
+            else:
+                run, run_flags = 1, flags
+        self._pos = pos
+
+    def _extend_run(self, pos: int, flags: int) -> int:
+        """Take records of one kind from `pos` on, many at a time; returns where they end."""
+        size = self._page_record if flags & PAGE else ZERO_RECORD
+        step = 4 * RUN
+        while self._room:
+            count = min(step, self._room, (self._end - pos) // size)
+            if not count:
+                break
+            heads = np.ndarray(count, ">u8", self._view, pos, (size,))
+            good = heads & np.uint64(self._page_size - 1) == flags
+            if flags & ZERO:
+                good &= np.ndarray(count, np.uint8, self._view, pos + WORD_SIZE, (size,)) == 0
+            taken = count if good.all() else int(good.argmin())
+            if flags & PAGE:
+                first = pos + WORD_SIZE
+                positions = np.arange(first, first + taken * size, size, dtype=np.int64)
+            else:
+                positions = np.full(taken, -1, np.int64)
+            self._keep(heads[:taken].astype(np.uint64), positions)
+            pos += taken * size
+            if taken < step:
+                break
+            step *= 2
+        return pos
+
+    def _flush(self) -> None:
+        """Turn what the loop collected into arrays."""
+        self._keep(np.array(self._words, np.uint64), np.array(self._positions, np.int64))
+        self._words, self._positions = [], []
+
+    def _keep(self, words: NDArray[np.uint64], positions: NDArray[np.int64]) -> None:
+        self._done.append((words, positions))
+        self._room -= len(words)
+
+    def within(self, block_end: int) -> tuple[NDArray[np.uint64], NDArray[np.int64], int]:
+        """Offsets, positions from the batch's start, and where the batch ends in the window.
+
+        Cut before the first record whose offset is not below `block_end`.
+        """
+        if self._words:
+            self._flush()
+        if len(self._done) == 1:
+            words, positions = self._done[0]
+        else:
+            words = np.concatenate([words for words, _ in self._done])
+            positions = np.concatenate([positions for _, positions in self._done])
+        offsets = words & ~np.uint64(self._page_size - 1)
+        end = self._pos
+        if int(offsets.max()) >= block_end:
+            count = int((offsets >= np.uint64(block_end)).argmax())
+            offsets, positions = offsets[:count], positions[:count]
+            sizes = np.where(positions[1:] < 0, ZERO_RECORD, self._page_record)
+            end = self._start + self._first_size + int(sizes.sum())
+        positions[positions >= 0] -= self._start
+        return offsets, positions, end
