@@ -73,11 +73,7 @@ def document(result: DemoResult) -> dict[str, Any]:
         "discard_ranges": statistics.discard_ranges,
         "faults": result.faults.faults,
         "requests": statistics.requests,
-        "fault_latency_us": {
-            "p50": result.faults.latency_us(50),
-            "p99": result.faults.latency_us(99),
-            "max": result.faults.latency_us(100),
-        },
+        "fault_latency_us": result.faults.latency_us(),
         "seconds": round(seconds, 6),
         "gigabytes_per_second": round(statistics.bytes / seconds / 1e9, 3),
     }
@@ -96,8 +92,8 @@ def _print(result: DemoResult) -> None:
         ("faults", f"{faults.faults:,}, for which {statistics.requests:,} pages were requested"),
         (
             "fault latency",
-            f"p50 {faults.latency_us(50):,.0f} µs, p99 {faults.latency_us(99):,.0f} µs, "
-            f"max {faults.latency_us(100):,.0f} µs (from reading the fault to placing its page)",
+            "p50 {p50:,.0f} µs, p99 {p99:,.0f} µs, max {max:,.0f} µs (from reading the fault to "
+            "placing its page)".format(**faults.latency_us()),
         ),
         (
             "whole migration",

@@ -137,12 +137,8 @@ def document(
     if guest is not None and guest.touched is not None:
         figures["touched"] = guest.touched.count
         figures["faults"] = guest.statistics.faults
-        figures["fault_latency_us"] = {
-            "p50": guest.statistics.latency_us(50),
-            "p99": guest.statistics.latency_us(99),
-            "max": guest.statistics.latency_us(100),
-            "histogram": guest.statistics.histogram(),
-        }
+        figures["fault_latency_us"] = guest.statistics.latency_us()
+        figures["fault_latency_histogram"] = guest.statistics.histogram()
     return figures
 
 
@@ -183,8 +179,8 @@ def _print(
         faults = guest.statistics
         lines.append(
             f"{guest.touched.count:,} pages touched, {faults.faults:,} faults, "
-            f"{statistics.requests:,} requests; latency p50 {faults.latency_us(50):,.0f} µs, "
-            f"p99 {faults.latency_us(99):,.0f} µs, max {faults.latency_us(100):,.0f} µs"
+            f"{statistics.requests:,} requests; latency "
+            + "p50 {p50:,.0f} µs, p99 {p99:,.0f} µs, max {max:,.0f} µs".format(**faults.latency_us())
         )
         lines.append("what the process sees is what the file holds")
     sys.stdout.write("\n".join(lines) + "\n")

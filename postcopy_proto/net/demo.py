@@ -28,8 +28,8 @@ from postcopy_proto.net.guest import die_with_parent
 from postcopy_proto.net.target import GuestTarget, compare, every_page
 from postcopy_proto.net.transport import Listener, parse_address
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock
-from postcopy_proto.userfault.backend import BackendStatistics
 from postcopy_proto.userfault.probe import ProbeResult, probe
+from postcopy_proto.userfault.statistics import FaultStatistics
 
 SMALLEST = 1 << 20
 
@@ -63,7 +63,7 @@ class DemoResult:
     compared_bytes: int
     probe: ProbeResult
     destination: DestinationStatistics
-    faults: BackendStatistics
+    faults: FaultStatistics
     source: dict[str, Any] = field(default_factory=dict)
 
 

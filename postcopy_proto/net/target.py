@@ -20,7 +20,8 @@ from postcopy_proto.errors import Channel, PostcopyError
 from postcopy_proto.net.guest import GuestProcess, TouchResult
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock
 from postcopy_proto.savefile.writer import SaveFileSink
-from postcopy_proto.userfault.backend import Backend, BackendStatistics
+from postcopy_proto.userfault.backend import Backend
+from postcopy_proto.userfault.statistics import FaultStatistics
 
 COMPARE_BYTES = 1 << 20
 
@@ -61,7 +62,7 @@ class GuestTarget:
         return self._backend
 
     @property
-    def statistics(self) -> BackendStatistics:
+    def statistics(self) -> FaultStatistics:
         """Faults, latencies, placements."""
         return self.backend.stats
 
