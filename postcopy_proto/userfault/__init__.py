@@ -1,1 +1,1 @@
-"""The Linux side: guest memory, the userfaultfd that reports its faults, the backend that fills it."""
+"""The Linux side: guest memory, the userfaultfd that reports its faults, the backend over both."""

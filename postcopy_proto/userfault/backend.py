@@ -1,0 +1,660 @@
+"""`Backend`: guest RAM that fills by postcopy. The counterpart of QEMU's postcopy-ram.c.
+
+The calls come in the order of a migration:
+
+    backend = Backend(regions)
+    backend.incoming_init()           ADVISE: RAM truly empty
+    backend.place(pages)              precopy: plain writes
+    backend.prepare_discard()         before the first discard: no huge pages
+    backend.discard(block, start, n)  what the source dirtied again
+    backend.enable_notify()           LISTEN: userfaultfd opened, every block registered
+    backend.read_faults()             what the guest waits for
+    backend.place(pages)              postcopy: COPY and ZEROPAGE
+    backend.cleanup()                 huge pages back, unregistered, closed
+
+One thread does all of it: poll `fileno()`, read faults, ask for them, place what arrives. The
+userfaultfd is non-blocking and nothing here waits. Offsets and lengths are bytes within a block.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+from bitarray import bitarray
+from numpy.typing import NDArray
+
+from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError, UserfaultError
+from postcopy_proto.messages import Pages
+from postcopy_proto.ramblock import TARGET_PAGE_SIZE
+from postcopy_proto.userfault.abi import Features, Ioctls
+from postcopy_proto.userfault.descriptor import (
+    AgainError,
+    AlreadyPresentError,
+    AnyEvent,
+    ForkEvent,
+    NotRegisteredError,
+    PageFault,
+    RemapEvent,
+    RemoveEvent,
+    UnmapEvent,
+    Userfaultfd,
+)
+from postcopy_proto.userfault.region import Region
+from postcopy_proto.userfault.staging import HostPage, Staging, address_of
+from postcopy_proto.userfault.statistics import FaultStatistics
+
+trace = logging.getLogger("postcopy_proto.trace")
+log = logging.getLogger(__name__)
+
+STAGING_SIZE: Final = 1 << 20
+"""Bytes compacted and placed by one ioctl at most, where headers stand between the pages."""
+RETRY_SECONDS: Final = 10.0
+"""How long a placement is retried that makes no progress (EAGAIN: the owner is changing its
+mappings; it ends when the owner does)."""
+
+
+class _Block:
+    """What the backend knows of one region."""
+
+    def __init__(self, region: Region, page_size: int) -> None:
+        self.region = region
+        self.idstr = region.block.idstr
+        self.address = region.address
+        self.length = region.block.used_length
+        self.host_page_size = region.block.page_size
+        count = self.length // page_size
+        self.received = bitarray(count, endian="little")
+        self.received.setall(False)
+        self.removed: set[int] = set()
+        """host pages that the guest dropped itself: zero from then on, whatever arrives"""
+        self.waiting: dict[int, list[tuple[int, int]]] = {}
+        """host page → (thread id, time of the event) of each thread that waits for it"""
+        self.can_zeropage = True
+
+
+class Backend:
+    """A PageSink over regions of one owner; see the module's text for the order of calls.
+
+    `user_mode_only` as for `Userfaultfd.open`; the default takes what is allowed, and
+    `.user_mode_only` says what that was. `lock_memory` locks the owner's memory again at cleanup.
+    `inhibit_discards(True)` is called before the regions are registered and `(False)` at cleanup:
+    the hook for balloons and whoever else drops guest pages. `huge_pages` allows them again at
+    cleanup. ValueError when regions are none, of several owners, or share a name.
+    """
+
+    def __init__(
+        self,
+        regions: Sequence[Region],
+        *,
+        target_page_size: int = TARGET_PAGE_SIZE,
+        user_mode_only: bool | None = None,
+        lock_memory: bool = False,
+        inhibit_discards: Callable[[bool], None] | None = None,
+        huge_pages: bool = True,
+    ) -> None:
+        if not regions:
+            raise ValueError("a backend needs at least one region")
+        self._owner = regions[0].owner
+        if any(region.owner is not self._owner for region in regions):
+            raise ValueError("all regions of a backend belong to one owner")
+        for region in regions:
+            if region.block.page_size < target_page_size:
+                raise ValueError(f"{region}: target pages are bigger than its host pages")
+        self._page_size = target_page_size
+        self._blocks = {r.block.idstr: _Block(r, target_page_size) for r in regions}
+        if len(self._blocks) != len(regions):
+            raise ValueError("two regions have one name")
+        self._by_address = sorted(self._blocks.values(), key=lambda block: block.address)
+        self._addresses = [block.address for block in self._by_address]
+        self._wanted_mode = user_mode_only
+        self._lock_memory = lock_memory
+        self._inhibit_discards = inhibit_discards
+        self._huge_pages = huge_pages
+        self._uffd: Userfaultfd | None = None
+        self._forks: list[Userfaultfd] = []
+        self._events: list[AnyEvent] = []
+        self._wanted: list[tuple[str, int]] = []
+        self._serving_thread = 0
+        largest = max(region.block.page_size for region in regions)
+        self._staging = Staging(max(STAGING_SIZE, largest))
+        self._zeros = Staging(max(STAGING_SIZE, largest))
+        self._host_pages: dict[Channel, HostPage] = {}
+        self.received: dict[str, bitarray] = {
+            name: block.received for name, block in self._blocks.items()
+        }
+        """per block one bit a target page, little-endian bit order: has arrived"""
+        self.stats = FaultStatistics()
+
+    # ---- before LISTEN
+
+    def incoming_init(self) -> None:
+        """Drops all RAM, before any page arrives: it must be truly empty.
+
+        (postcopy_ram_incoming_init)
+        """
+        for block in self._blocks.values():
+            self._owner.discard(block.region, 0, block.length)
+            block.received.setall(False)
+            if trace.isEnabledFor(logging.DEBUG):
+                trace.debug(
+                    "postcopy_init_range %s: %#x offset=%#x length=%#x",
+                    *(block.idstr, block.address, 0, block.length),
+                )
+        self._owner.flush()
+
+    def prepare_discard(self) -> None:
+        """No transparent huge pages from here on: a discard must really drop parts of one.
+
+        Not earlier, so that most of precopy enjoys them. (postcopy_ram_prepare_discard)
+        """
+        for block in self._blocks.values():
+            self._owner.advise_huge_pages(block.region, False)
+            if trace.isEnabledFor(logging.DEBUG):
+                trace.debug(
+                    "postcopy_nhp_range %s: %#x offset=%#x length=%#x",
+                    *(block.idstr, block.address, 0, block.length),
+                )
+        self._owner.flush()
+
+    def discard(self, block: str, start: int, length: int) -> None:
+        """Drops [start, start + length) of a block; the pages will come again.
+
+        Whole host pages inside the block, before `enable_notify`: RemoteProtocolError
+        otherwise, with nothing dropped. (postcopy_ram_discard_range)
+        """
+        message = "POSTCOPY_RAM_DISCARD"
+        if self._uffd is not None:
+            raise RemoteProtocolError(
+                f"discard of {block} after LISTEN", kind=ErrorKind.STATE, message=message
+            )
+        target = self._block(block, message)
+        host = target.host_page_size
+        if start < 0 or length < 0 or start + length > target.length or (start | length) % host:
+            raise RemoteProtocolError(
+                f"discard {start:#x} + {length:#x} is no range of whole host pages ({host}) "
+                f"inside {block} of {target.length:#x} bytes",
+                kind=ErrorKind.RANGE,
+                message=message,
+            )
+        target.received[start // self._page_size : (start + length) // self._page_size] = False
+        self._owner.discard(target.region, start, length)
+        if trace.isEnabledFor(logging.DEBUG):
+            trace.debug(
+                "postcopy_ram_discard_range %s: start=%#x length=%#x",
+                *(block, target.address + start, length),
+            )
+
+    def enable_notify(self) -> None:
+        """Opens the userfaultfd and registers every block: from here on missing pages fault.
+
+        UserfaultError when the host can't, with everything opened closed again.
+        (postcopy_ram_enable_notify, ram_block_enable_notify)
+        """
+        if self._uffd is not None:
+            raise ValueError("already listening")
+        self._owner.flush()
+        self._owner.lock_memory(False)
+        available = self._owner.available_features()
+        # REMOVE and UNMAP: a guest that drops or unmaps pages while being served must not be
+        # given their old content. THREAD_ID: for the statistics.
+        features = available & (Features.EVENT_REMOVE | Features.EVENT_UNMAP | Features.THREAD_ID)
+        uffd, registered = self._owner.open_userfaultfd(features, self._wanted_mode)
+        try:
+            for block in self._blocks.values():
+                if not registered:
+                    self._register(uffd, block)
+                elif block.host_page_size != self._page_size:
+                    block.can_zeropage = False
+        except BaseException:
+            uffd.close()
+            raise
+        if self._inhibit_discards is not None:
+            self._inhibit_discards(True)
+        self._uffd = uffd
+        self._serving_thread = threading.get_ident()
+        for block in self._blocks.values():
+            block.region.before_read = self._guard(block)
+        trace.debug("postcopy_ram_enable_notify")
+
+    @staticmethod
+    def _register(uffd: Userfaultfd, block: _Block) -> None:
+        offered = uffd.register(block.address, block.length)
+        needed = Ioctls.COPY | Ioctls.WAKE
+        if offered & needed != needed:
+            raise UserfaultError(
+                "UFFDIO_REGISTER",
+                errno.ENOTSUP,
+                os.strerror(errno.ENOTSUP),
+                f"{block.idstr}: missing {needed & ~offered!r}",
+            )
+        block.can_zeropage = bool(offered & Ioctls.ZEROPAGE)
+
+    @property
+    def listening(self) -> bool:
+        """Between `enable_notify` and `cleanup`."""
+        return self._uffd is not None
+
+    @property
+    def user_mode_only(self) -> bool | None:
+        """Whether faults inside the kernel fail instead of being served; None: not known."""
+        return None if self._uffd is None else self._uffd.user_mode_only
+
+    def fileno(self) -> int:
+        """The userfaultfd, for poll; ValueError before `enable_notify` and after `cleanup`."""
+        return self._descriptor().fileno()
+
+    # ---- faults
+
+    def read_faults(self) -> list[tuple[str, int]]:
+        """(idstr, offset) of every host page newly waited for, or asked for by `want`.
+
+        Drains all events that wait. Pages that have arrived are woken, pages reported before
+        are not reported again. UserfaultError for an address outside all regions. The offsets
+        are of host pages. (postcopy_ram_fault_thread)
+        """
+        uffd = self._descriptor()
+        self._serving_thread = threading.get_ident()
+        requests, self._wanted = self._wanted, []
+        while True:
+            events, self._events = self._events or uffd.read_events(), []
+            if not events:
+                return requests
+            now = time.perf_counter_ns()
+            for event in events:
+                if type(event) is PageFault:
+                    self._fault(event, now, requests)
+                else:
+                    self._other_event(event)
+
+    def want(self, block: str, start: int, length: int) -> int:
+        """Asks for the missing host pages of a range as if the guest had touched them.
+
+        They come with the next `read_faults`; returns how many there are. The way for the
+        serving thread to get at memory: ask, go on serving until none is missing, read.
+        """
+        target = self._blocks[block]
+        pages = self.missing(block, start, length)
+        for page in pages:
+            if page not in target.waiting:
+                target.waiting[page] = []
+                self._wanted.append((block, page))
+        return len(pages)
+
+    def missing(self, block: str, start: int, length: int) -> list[int]:
+        """Byte offsets of the host pages of a range that have not arrived."""
+        target = self._blocks[block]
+        if not target.region.block.contains(start, length):
+            raise ValueError(f"{start:#x} + {length:#x} is outside {block}")
+        host = target.host_page_size
+        first = start // host * host
+        return [
+            page
+            for page in range(first, start + length, host)
+            if not target.received[page // self._page_size]
+        ]
+
+    def _fault(self, fault: PageFault, now: int, requests: list[tuple[str, int]]) -> None:
+        self.stats.faults += 1
+        block, offset = self._locate(fault.address)
+        host_page = offset & -block.host_page_size
+        if block.received[host_page // self._page_size]:
+            self._answer_received(block, host_page)
+            self.stats.add_wait(fault.thread_id, time.perf_counter_ns() - now)
+            return
+        waiters = block.waiting.get(host_page)
+        if waiters is None:
+            block.waiting[host_page] = [(fault.thread_id, now)]
+            self.stats.requested += 1
+            requests.append((block.idstr, host_page))
+            if trace.isEnabledFor(logging.DEBUG):
+                trace.debug(
+                    "postcopy_ram_fault_thread_request Request for HVA=%#x rb=%s offset=%#x",
+                    *(fault.address, block.idstr, host_page),
+                )
+        else:
+            waiters.append((fault.thread_id, now))
+
+    def _locate(self, address: int) -> tuple[_Block, int]:
+        index = bisect_right(self._addresses, address) - 1
+        if index >= 0:
+            block = self._by_address[index]
+            if address < block.address + block.length:
+                return block, address - block.address
+        raise UserfaultError(
+            "page fault",
+            errno.EFAULT,
+            os.strerror(errno.EFAULT),
+            f"address {address:#x} is in no RAMBlock",
+        )
+
+    def _answer_received(self, block: _Block, host_page: int) -> None:
+        """A fault on a page that is there, or was until the guest dropped it."""
+        uffd = self._descriptor()
+        if host_page in block.removed:
+            self.stats.zero_filled += 1
+            try:
+                if block.can_zeropage:
+                    uffd.zeropage(block.address + host_page, block.host_page_size)
+                else:
+                    uffd.copy(block.address + host_page, self._zeros.address, block.host_page_size)
+            except (AlreadyPresentError, AgainError):
+                uffd.wake(block.address + host_page, block.host_page_size)
+            return
+        self.stats.woken += 1
+        uffd.wake(block.address + host_page, block.host_page_size)
+
+    def _other_event(self, event: AnyEvent) -> None:
+        if isinstance(event, RemoveEvent | UnmapEvent):
+            self._removed(event.start, event.end)
+        elif isinstance(event, ForkEvent):
+            # Closed, its missing pages would read as zeros; open, whoever touches one waits.
+            self.stats.forks += 1
+            self._forks.append(event.uffd)
+            log.warning("the guest's process forked; the new one's missing pages are not served")
+        elif isinstance(event, RemapEvent):
+            raise UserfaultError(
+                "mremap",
+                errno.EFAULT,
+                os.strerror(errno.EFAULT),
+                f"the guest's process moved its RAM from {event.source:#x}",
+            )
+        else:
+            self.stats.unknown_events += 1
+            log.warning("userfaultfd event %r is not known and was skipped", event)
+
+    def _removed(self, start: int, end: int) -> None:
+        """The guest dropped pages: they are zero now, and what still arrives for them is old."""
+        for block in self._by_address:
+            low = max(start, block.address) - block.address
+            high = min(end, block.address + block.length) - block.address
+            if low >= high:
+                continue
+            host = block.host_page_size
+            pages = range(low & -host, high, host)
+            block.removed.update(pages)
+            block.received[low // self._page_size : -(-high // self._page_size)] = True
+            self.stats.removed += len(pages)
+            for page in [page for page in block.waiting if low <= page < high]:
+                self._answer_received(block, page)
+                self._resolved(block, page, host)
+
+    def _collect_events(self) -> None:
+        """Reads events in the middle of a placement: the owner can only go on when they are read.
+
+        Removals take effect at once; faults keep for the next `read_faults`.
+        """
+        for event in self._descriptor().read_events():
+            if isinstance(event, PageFault):
+                self._events.append(event)
+            else:
+                self._other_event(event)
+
+    def _guard(self, block: _Block) -> Callable[[int, int], None]:
+        """The check that the serving thread does not wait for itself."""
+
+        def check(offset: int, length: int) -> None:
+            if threading.get_ident() != self._serving_thread or self._uffd is None:
+                return
+            if missing := self.missing(block.idstr, offset, length):
+                raise UserfaultError(
+                    "read",
+                    errno.EDEADLK,
+                    os.strerror(errno.EDEADLK),
+                    f"{len(missing)} pages of {block.idstr} are missing and this thread serves "
+                    "them",
+                    "ask for them by Backend.want and go on serving",
+                )
+
+        return check
+
+    # ---- placing
+
+    def place(self, pages: Pages, channel: Channel = Channel.FORWARD) -> None:
+        """Puts a batch in its place; before `enable_notify` by writing, then by COPY, ZEROPAGE.
+
+        Contiguous pages go by one ioctl. Where host pages are bigger than target pages, they
+        are collected per channel and placed whole. Pages that came before (in postcopy) are
+        dropped and counted. RemoteProtocolError for an unknown block, offsets outside it or
+        misaligned, a page of the wrong host page; UserfaultError when memory runs out or
+        the owner has gone. (postcopy_place_page, postcopy_place_page_zero)
+        """
+        if len(pages) == 0:
+            return
+        block = self._block(pages.block, "PAGE", channel)
+        self._check_offsets(block, pages, channel)
+        if self._uffd is None:
+            self._write(block, pages)
+        elif block.host_page_size == self._page_size:
+            self._place(block, pages)
+        else:
+            self._place_host_pages(block, pages, channel)
+
+    def _check_offsets(self, block: _Block, pages: Pages, channel: Channel) -> None:
+        size = self._page_size
+        offsets = pages.offsets
+        last = int(offsets.max())
+        misaligned = int(np.bitwise_or.reduce(offsets)) & (size - 1)
+        if pages.page_size == size and last + size <= block.length and not misaligned:
+            return
+        raise RemoteProtocolError(
+            f"page at {last:#x} is no page of {size} bytes inside {block.idstr} of "
+            f"{block.length:#x} bytes",
+            kind=ErrorKind.RANGE,
+            channel=channel,
+            message="PAGE",
+        )
+
+    def _write(self, block: _Block, pages: Pages) -> None:
+        """Precopy: over whatever is there. Zero pages are written only where something was."""
+        size = self._page_size
+        self._owner.flush()
+        base = address_of(pages.data) if len(pages.data) else 0
+        for first, count in pages.runs():
+            offset = int(pages.offsets[first])
+            page = offset // size
+            positions = pages.positions[first : first + count]
+            if positions[0] >= 0:
+                sources: NDArray[np.uint64] = (positions + base).astype(np.uint64)
+                block.region.write(offset, sources, size)
+            elif block.received[page : page + count].any():
+                zeros = np.full(count, self._zeros.address, np.uint64)
+                block.region.write(offset, zeros, size)
+            block.received[page : page + count] = True
+
+    def _place(self, block: _Block, pages: Pages) -> None:
+        """Postcopy, host page = target page."""
+        size = self._page_size
+        base = address_of(pages.data) if len(pages.data) else 0
+        for first, count in pages.runs():
+            page = int(pages.offsets[first]) // size
+            position = int(pages.positions[first])
+            if position < 0:
+                self._fill(block, page, count, None)
+                continue
+            stride = int(pages.positions[first + 1]) - position if count > 1 else size
+            if stride == size:
+                self._fill(block, page, count, base + position)
+                continue
+            most = self._staging.size // size
+            for done in range(0, count, most):
+                rows = min(most, count - done)
+                self._staging.gather(pages.data, position + done * stride, stride, rows, size)
+                self._fill(block, page + done, rows, self._staging.address)
+
+    def _place_host_pages(self, block: _Block, pages: Pages, channel: Channel) -> None:
+        """Postcopy, host page > target page: collected, and placed when complete."""
+        collector = self._host_pages.get(channel)
+        if collector is None:
+            collector = HostPage(self._zeros.size, self._page_size, channel)
+            self._host_pages[channel] = collector
+        ram, size, host = block.region.block, self._page_size, block.host_page_size
+        for first, count in pages.runs():
+            offset = int(pages.offsets[first])
+            position = int(pages.positions[first])
+            stride = int(pages.positions[first + 1]) - position if count > 1 else size
+            data = None if position < 0 else pages.data
+            done = 0
+            while done < count:
+                at = offset + done * size
+                host_page = at & -host
+                within = (at - host_page) // size
+                part = min(count - done, host // size - within)
+                where = position + done * stride
+                if collector.add(ram, host_page, within, part, data, where, stride):
+                    source = None if collector.all_zero else collector.address
+                    self._fill(block, host_page // size, host // size, source)
+                done += part
+
+    def _fill(self, block: _Block, page: int, count: int, source: int | None) -> None:
+        """Makes target pages [page, page + count) present: bytes at `source`, or zeros.
+
+        Each turn of the loop takes the next run that has not been received, so whatever the
+        kernel did or refused, the bitmap says where to go on.
+        """
+        size, received, stats = self._page_size, block.received, self.stats
+        end = page + count
+        at = page
+        deadline = 0.0
+        while at < end:
+            if received[at]:
+                following = received.find(0, at, end)
+                following = end if following < 0 else following
+                stats.duplicates += following - at
+                at = following
+                continue
+            stop = received.find(1, at, end)
+            stop = end if stop < 0 else stop
+            address, length = block.address + at * size, (stop - at) * size
+            try:
+                if source is None:
+                    done = self._zero(block, address, length)
+                else:
+                    uffd = self._descriptor()
+                    done = uffd.copy(address, source + (at - page) * size, length)
+            except AgainError as error:
+                stats.retries += 1
+                done = error.done
+                if done == 0:
+                    now = time.monotonic()
+                    deadline = deadline or now + RETRY_SECONDS
+                    if now > deadline:
+                        raise
+                    self._collect_events()
+            except AlreadyPresentError:
+                done = block.host_page_size
+                stats.already_present += 1
+                self._descriptor().wake(address, done)
+            except NotRegisteredError:
+                # The owner unmapped it in between: the event says so, else it is an error.
+                self._collect_events()
+                if not received[at]:
+                    raise
+                done = 0
+            if done:
+                deadline = 0.0
+                self._mark(block, at, done, source is None)
+                at += done // size
+
+    def _zero(self, block: _Block, address: int, length: int) -> int:
+        """Zeros by ZEROPAGE, or from a buffer of them where that is not offered."""
+        uffd = self._descriptor()
+        if block.can_zeropage:
+            return uffd.zeropage(address, length)
+        return uffd.copy(address, self._zeros.address, min(length, self._zeros.size))
+
+    def _mark(self, block: _Block, page: int, length: int, zero: bool) -> None:
+        """`length` bytes from target page `page` are there."""
+        count = length // self._page_size
+        block.received[page : page + count] = True
+        stats = self.stats
+        stats.placements += 1
+        stats.pages += count
+        if zero:
+            stats.zero_pages += count
+        if block.waiting:
+            self._resolved(block, page * self._page_size, length)
+        if trace.isEnabledFor(logging.DEBUG):
+            name = "postcopy_place_page_zero" if zero else "postcopy_place_page"
+            trace.debug("%s host=%#x", name, block.address + page * self._page_size)
+
+    def _resolved(self, block: _Block, start: int, length: int) -> None:
+        """Ends the waits for host pages in [start, start + length)."""
+        now = time.perf_counter_ns()
+        waiting, host = block.waiting, block.host_page_size
+        if len(waiting) * host < length:
+            pages = [page for page in waiting if start <= page < start + length]
+        else:
+            pages = [page for page in range(start, start + length, host) if page in waiting]
+        for page in pages:
+            for thread_id, since in waiting.pop(page):
+                self.stats.add_wait(thread_id, now - since)
+
+    # ---- the end
+
+    def cleanup(self) -> None:
+        """Huge pages allowed again, every block unregistered, everything closed.
+
+        Whoever still waits for a page is woken and reads zeros: call it when all pages have
+        arrived, or end the guest before. Memory is locked again if that was asked for; that
+        it can't be is logged, and does not fail a migration whose state is valid. Calling it
+        again does nothing. (postcopy_ram_incoming_cleanup)
+        """
+        uffd, self._uffd = self._uffd, None
+        trace.debug("postcopy_ram_incoming_cleanup_entry")
+        if uffd is not None:
+            try:
+                self._unregister(uffd)
+            finally:
+                uffd.close()
+                for fork in self._forks:
+                    fork.close()
+                self._forks.clear()
+                if self._inhibit_discards is not None:
+                    self._inhibit_discards(False)
+            trace.debug("postcopy_ram_incoming_cleanup_closeuf")
+            if self._lock_memory:
+                try:
+                    self._owner.lock_memory(True)
+                except UserfaultError as error:
+                    log.warning("memory could not be locked again: %s", error)
+        self._host_pages.clear()
+        trace.debug("postcopy_ram_incoming_cleanup_exit")
+
+    def _unregister(self, uffd: Userfaultfd) -> None:
+        for block in self._blocks.values():
+            block.region.before_read = None
+            if self._huge_pages:
+                self._owner.advise_huge_pages(block.region, True)
+            if trace.isEnabledFor(logging.DEBUG):
+                trace.debug(
+                    "postcopy_cleanup_range %s: %#x offset=%#x length=%#x",
+                    *(block.idstr, block.address, 0, block.length),
+                )
+            uffd.unregister(block.address, block.length)
+        self._owner.flush()
+
+    # ---- small things
+
+    def _descriptor(self) -> Userfaultfd:
+        if self._uffd is None:
+            raise ValueError("not listening: enable_notify comes first")
+        return self._uffd
+
+    def _block(self, name: str, message: str, channel: Channel | None = None) -> _Block:
+        block = self._blocks.get(name)
+        if block is None:
+            raise RemoteProtocolError(
+                f"no RAMBlock is named {name!r}",
+                kind=ErrorKind.UNKNOWN,
+                channel=channel,
+                message=message,
+            )
+        return block
