@@ -13,7 +13,7 @@ thread goes on answering. One message each way is a packet of JSON, with descrip
     {"op": "touch", "count", "threads"} + memory file    → {}; {"touched": true} when all are done
     {"op": "close"}                                      the process exits with 0
 
-A failure answers {"error": [operation, errno, strerror, detail]}. When the other side goes away
+A failure answers {"error": [operation, errno, strerror, detail, advice]}. When the other side goes away
 the process exits with `ORPHANED`: its memory would never fill.
 
 The memory file of a touch holds three arrays of `count` 64-bit integers: addresses to read, how
@@ -85,7 +85,8 @@ class _Guest:
             socket.send_fds(self._control, [json.dumps(message).encode()], fds)
 
     def _send_error(self, error: UserfaultError) -> None:
-        self._send({"error": [error.operation, error.errno, error.strerror, error.detail]})
+        fields = (error.operation, error.errno, error.strerror, error.detail, error.advice)
+        self._send({"error": fields})
 
     # ---- the commands
 
