@@ -32,24 +32,30 @@ class ReceiveBuffer:
         self.end = 0
         self._base = 0  # stream offset of view[0]
         self._torn = bytearray()  # the start of a record that is still to arrive whole
-        self._missing = 0  # bytes that the torn record lacks
+        self._missing = 0  # bytes that the record at the read position lacks
         self._chunks: deque[memoryview] = deque()
         self._total = 0
         self._eof = False
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Append a chunk; an empty one marks the end of the stream."""
-        chunk = memoryview(data).cast("B")
+        chunk = memoryview(data)
+        if chunk.format != "B" or chunk.ndim != 1:
+            chunk = chunk.cast("B")
         if not chunk:
             self._eof = True
             return
         self._total += len(chunk)
-        if self._missing:
+        if self._torn:
             part = chunk[: self._missing]
             self._torn += part
             self._missing -= len(part)
             chunk = chunk[len(part) :]
-        if chunk:
+        else:
+            self._missing = 0
+        if self.pos == self.end and not self._torn and not self._chunks:
+            self._open(chunk)
+        elif chunk:
             self._chunks.append(chunk)
 
     @property
@@ -74,7 +80,7 @@ class ReceiveBuffer:
 
     @property
     def missing(self) -> int:
-        """Bytes that the torn record lacks at least; 0 when reading may go on."""
+        """Bytes that the next record lacks at least; 0 when reading may go on."""
         return self._missing
 
     def peek(self, count: int) -> memoryview:

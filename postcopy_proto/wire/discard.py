@@ -35,6 +35,7 @@ from construct import Const, GreedyBytes, GreedyRange, Int8ub, Int64ub, Prefixed
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
 from postcopy_proto.messages import PostcopyRamDiscard
 from postcopy_proto.ramblock import ByteRange, RAMBlock, decode_idstr, encode_idstr
+from postcopy_proto.wire.fields import fixed_struct
 
 COMMAND_SECTION = 0x08
 """QEMU_VM_COMMAND, the item type that announces any command"""
@@ -60,7 +61,7 @@ DISCARD_SCHEMA = Struct(
 )
 """The payload. `Terminated` turns what GreedyRange leaves of a broken range into an error."""
 
-RANGE = struct.Struct(">" + "".join(field.subcon.fmtstr[1:] for field in RANGE_SCHEMA.subcons))
+RANGE = fixed_struct(RANGE_SCHEMA)
 """The fast form of RANGE_SCHEMA, derived from it."""
 
 _ENVELOPE = struct.Struct(">BHH")

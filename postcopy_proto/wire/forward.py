@@ -290,7 +290,7 @@ class ForwardDecoder(Decoder):
         return message
 
     def _read_ram(self) -> Message:
-        message = self._ram.read()
+        message = self._ram.read(self._ram.peek_word())
         if isinstance(message, RamEos):
             self._expect(self._read_footer, "a section, before its footer")
         return message

@@ -45,14 +45,15 @@ class PreemptDecoder(Decoder):
         if self._ended:
             byte = self._buffer.peek(1)[0]
             raise malformed(f"byte {byte:#04x} behind the channel's EOS", RamEos.NAME)
-        flags = self._ram.peek_word() & self._low
+        word = self._ram.peek_word()
+        flags = word & self._low
         if flags not in self._allowed:
             raise RemoteProtocolError(
                 f"flags {flags:#x}; only ZERO, PAGE and EOS occur on this channel",
                 kind=ErrorKind.UNKNOWN,
                 message=Pages.NAME,
             )
-        message = self._ram.read()
+        message = self._ram.read(word)
         self._ended = isinstance(message, RamEos)
         return message
 

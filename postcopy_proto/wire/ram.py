@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,15 +82,17 @@ class RamReader:
 
     def peek_word(self) -> int:
         """The word of the next record."""
-        return int.from_bytes(self._buffer.peek(WORD_SIZE), "big")
+        word: int = _WORD.unpack(self._buffer.peek(WORD_SIZE))[0]
+        return word
 
-    def read(self) -> Message:
-        """Take the next record, or batch of page records; NeedMoreError when none is whole.
+    def read(self, word: int) -> Message:
+        """Take the record that opens with `word`, or the batch of page records from it on.
+
+        NeedMoreError when not even the first record is whole.
 
         RemoteProtocolError for what QEMU refuses, and for MEM_SIZE: a block list opens a START
         section and stands nowhere else.
         """
-        word = self.peek_word()
         flags = word & self._low
         kind = flags & ~CONTINUE
         if kind in (PAGE, ZERO):
@@ -206,131 +209,116 @@ class RamReader:
         record = buffer.peek(head + (1 if is_zero else self._page_size))
         if is_zero and record[head]:
             raise malformed(f"a zero page with fill byte {record[head]:#04x}; it must be 0", "ZERO")
-        start, size = buffer.pos, len(record)
-        batch = _Batch(buffer.view, start, buffer.end, self._page_size)
-        batch.add(offset, -1 if is_zero else start + head, size)
+        start = buffer.pos
+        batch = _Batch(buffer.view[start : buffer.end], self._page_size, self._end)
+        batch.add(offset, -1 if is_zero else head, len(record))
         batch.extend()
-        offsets, positions, end = batch.within(self._end)
-        buffer.pos = end
+        buffer.skip(batch.size)
         return Pages(
             block=self._block,
-            offsets=offsets,
-            positions=positions,
-            data=buffer.view[start:end],
+            offsets=batch.offsets(),
+            positions=batch.positions(),
+            data=buffer.view[start : buffer.pos],
             page_size=self._page_size,
             named=not flags & CONTINUE,
         )
 
 
 class _Batch:
-    """Records collected from a window of bytes, from `start` on."""
+    """Records of one block, collected from the start of `view` on.
 
-    def __init__(self, view: memoryview, start: int, end: int, page_size: int) -> None:
+    `size` is how many bytes they are. A record that is torn, wrong or of another sort is not
+    taken, and ends the batch: it will be the first of the next one.
+    """
+
+    def __init__(self, view: memoryview, page_size: int, block_end: int) -> None:
+        self.size = 0
         self._view = view
-        self._start = start
-        self._pos = start
-        self._end = end
-        self._page_size = page_size
+        self._low = page_size - 1
+        self._high = np.uint64((1 << 64) - page_size)
         self._page_record = WORD_SIZE + page_size
-        self._words: list[int] = []  # with flags still in them
+        self._block_end = block_end
+        self._words: list[int] = []  # what the loop takes, flags still in it
         self._positions: list[int] = []
-        self._done: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []
+        self._runs: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []  # what was vectorised
         self._room = BATCH
-        self._first_size = 0
 
     def add(self, word: int, position: int, size: int) -> None:
-        """The first record, already found good, and its size."""
+        """Take the first record, which is known to be right, and its size."""
         self._words.append(word)
         self._positions.append(position)
-        self._first_size = size
-        self._pos += size
+        self.size = size
 
     def extend(self) -> None:
-        """Collect the records behind that have CONTINUE and have arrived whole."""
-        view, end, unpack = self._view, self._end, _WORD.unpack_from
-        low, page_record = self._page_size - 1, self._page_record
-        words, positions = self._words, self._positions
-        pos, run, run_flags = self._pos, 0, 0
-        last_word = end - WORD_SIZE
-        while len(words) < self._room and pos <= last_word:
+        """Take the records behind that have CONTINUE."""
+        view, end, unpack = self._view, len(self._view), _WORD.unpack_from
+        low, page_record, block_end = self._low, self._page_record, self._block_end
+        words, positions, pos = self._words, self._positions, self.size
+        run = run_flags = 0
+        while len(words) < self._room and pos + WORD_SIZE <= end:
             (word,) = unpack(view, pos)
             flags = word & low
             if flags == PAGE | CONTINUE:
-                if pos + page_record > end:
-                    break
-                positions.append(pos + WORD_SIZE)
-                pos += page_record
+                body, after = pos + WORD_SIZE, pos + page_record
             elif flags == ZERO | CONTINUE:
-                if pos + ZERO_RECORD > end or view[pos + WORD_SIZE]:
-                    break
-                positions.append(-1)
-                pos += ZERO_RECORD
+                body, after = -1, pos + ZERO_RECORD
             else:
                 break
+            if after > end or word >= block_end or (body < 0 and view[pos + WORD_SIZE]):
+                break
             words.append(word)
-            if flags == run_flags:
-                run += 1
-                if run == RUN:
-                    self._flush()
-                    pos = self._extend_run(pos, flags)
-                    words, positions = self._words, self._positions
-                    run = 0
-            else:
+            positions.append(body)
+            pos = after
+            if flags != run_flags:
                 run, run_flags = 1, flags
-        self._pos = pos
+                continue
+            run += 1
+            if run == RUN:
+                self._end_run()
+                pos = self._extend_run(pos, flags)
+                words, positions, run = self._words, self._positions, 0
+        self.size = pos
 
     def _extend_run(self, pos: int, flags: int) -> int:
         """Take records of one kind from `pos` on, many at a time; returns where they end."""
         size = self._page_record if flags & PAGE else ZERO_RECORD
         step = 4 * RUN
-        while self._room:
-            count = min(step, self._room, (self._end - pos) // size)
-            if not count:
-                break
-            heads = np.ndarray(count, ">u8", self._view, pos, (size,))
-            good = heads & np.uint64(self._page_size - 1) == flags
+        while count := min(step, self._room, (len(self._view) - pos) // size):
+            words = np.ndarray(count, ">u8", self._view, pos, (size,)).astype(np.uint64)
+            good = (words & np.uint64(self._low) == flags) & (words < self._block_end)
             if flags & ZERO:
                 good &= np.ndarray(count, np.uint8, self._view, pos + WORD_SIZE, (size,)) == 0
             taken = count if good.all() else int(good.argmin())
+            bodies = np.full(taken, -1, np.int64)
             if flags & PAGE:
-                first = pos + WORD_SIZE
-                positions = np.arange(first, first + taken * size, size, dtype=np.int64)
-            else:
-                positions = np.full(taken, -1, np.int64)
-            self._keep(heads[:taken].astype(np.uint64), positions)
+                bodies = np.arange(taken, dtype=np.int64) * size + (pos + WORD_SIZE)
+            self._keep(words[:taken], bodies)
             pos += taken * size
             if taken < step:
                 break
             step *= 2
         return pos
 
-    def _flush(self) -> None:
-        """Turn what the loop collected into arrays."""
+    def _end_run(self) -> None:
+        """Put what the loop took behind what was vectorised."""
         self._keep(np.array(self._words, np.uint64), np.array(self._positions, np.int64))
         self._words, self._positions = [], []
 
     def _keep(self, words: NDArray[np.uint64], positions: NDArray[np.int64]) -> None:
-        self._done.append((words, positions))
+        self._runs.append((words, positions))
         self._room -= len(words)
 
-    def within(self, block_end: int) -> tuple[NDArray[np.uint64], NDArray[np.int64], int]:
-        """Offsets, positions from the batch's start, and where the batch ends in the window.
+    def offsets(self) -> NDArray[np.uint64]:
+        """The byte offset in the block of each record's page."""
+        words = _joined([words for words, _ in self._runs], self._words, np.uint64)
+        words &= self._high
+        return words
 
-        Cut before the first record whose offset is not below `block_end`.
-        """
-        if self._words:
-            self._flush()
-        if len(self._done) == 1:
-            words, positions = self._done[0]
-        else:
-            words = np.concatenate([words for words, _ in self._done])
-            positions = np.concatenate([positions for _, positions in self._done])
-        offsets = words & ~np.uint64(self._page_size - 1)
-        end = self._pos
-        if int(offsets.max()) >= block_end:
-            count = int((offsets >= np.uint64(block_end)).argmax())
-            offsets, positions = offsets[:count], positions[:count]
-            sizes = np.where(positions[1:] < 0, ZERO_RECORD, self._page_record)
-            end = self._start + self._first_size + int(sizes.sum())
-        positions[positions >= 0] -= self._start
-        return offsets, positions, end
+    def positions(self) -> NDArray[np.int64]:
+        """Where each record's page starts in the view; -1 for a zero page."""
+        return _joined([positions for _, positions in self._runs], self._positions, np.int64)
+
+
+def _joined(runs: list[NDArray[Any]], rest: list[int], dtype: type[np.generic]) -> NDArray[Any]:
+    last: NDArray[Any] = np.array(rest, dtype)
+    return np.concatenate([*runs, last]) if runs else last

@@ -240,24 +240,30 @@ class ReturnPathDecoder(Decoder):
     may end between any two messages: whether a SHUT was due is for the connection to say.
     """
 
-    _BATCH = 4096  # requests decoded at once: bounds what is read ahead
+    _BATCH = 512  # requests decoded at once: bounds what is read ahead
     _FEW = 8  # below so many, one by one is faster than vectors
 
     def __init__(self, *, limits: Limits | None = None, strict: bool = True) -> None:
         super().__init__(Channel.RETURN, limits or Limits())
         self._strict = strict
         self._requests: list[ReqPages] = []  # decoded ahead, the next one last
+        self._in_requests = False  # whether the last event was one of them
 
     @property
     def offset(self) -> int:
         """Stream offset in bytes of what the next event will be read from."""
         return self._buffer.offset - REQUEST.size * len(self._requests)
 
+    @property
+    def event_offset(self) -> int:
+        """Stream offset in bytes at which the event returned last began."""
+        return self.offset - REQUEST.size if self._in_requests else self._event_offset
+
     def next_event(self) -> Message | NeedData:
         """As `Decoder.next_event`; requests that arrived together were decoded together."""
         if self._requests:
-            self._event_offset += REQUEST.size
             return self._requests.pop()
+        self._in_requests = False
         return super().next_event()
 
     def _read(self) -> Message:
@@ -288,7 +294,7 @@ class ReturnPathDecoder(Decoder):
         requests = decode_requests(buffer.view, buffer.pos, min(count, self._BATCH))
         buffer.skip(REQUEST.size * len(requests))
         requests.reverse()
-        self._requests = requests
+        self._requests, self._in_requests = requests, True
         return requests.pop()
 
     def _check(self, number: int, length: int) -> None:
