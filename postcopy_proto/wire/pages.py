@@ -27,6 +27,7 @@ ever stand together. QEMU ignores the offset bits of EOS and MULTIFD_FLUSH; here
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from enum import IntFlag
 
@@ -87,6 +88,10 @@ ZERO_RECORD = WORD_SIZE + 1
 ENCODING_FLAG_XBZRLE = 0x01
 SMALLEST_PAGE_SIZE = 1024
 """flags need the low 10 bits of the word"""
+
+_WORD = struct.Struct(">Q")
+_PAGE_FLAGS = np.array([PAGE | CONTINUE, ZERO | CONTINUE], np.uint64)  # by "is a zero page"
+_LONG_RUN = 8  # records: as long as a run's numpy calls take for them one by one
 
 NAMING = PAGE | ZERO | XBZRLE | COMPRESS_PAGE
 """the flags with which a name follows unless CONTINUE is set"""
@@ -151,43 +156,56 @@ def encode_pages(
     ValueError when shapes don't agree, an offset is not on a page, the name is no name, or `out`
     is too small. Mirrors QEMU's `save_page_header`, `save_zero_page`, `save_normal_page`.
     """
-    words = np.asarray(offsets).astype(np.uint64)
+    places = np.asarray(offsets)
     is_zero = np.asarray(zero, np.bool_)
-    page_size = _check_batch(words, is_zero, rows)
+    page_size = _check_batch(places, is_zero, rows)
     name = encode_idstr(block)
-    prefix = bytes((len(name),)) + name if named else b""
+    prefix = bytes((len(name),)) + name if named and len(places) else b""
 
-    sizes = np.where(is_zero, ZERO_RECORD, WORD_SIZE + page_size)
-    total = int(sizes.sum()) + (len(prefix) if len(words) else 0)
+    total = len(prefix) + len(places) * ZERO_RECORD + len(rows) * (page_size - 1)
     target = np.empty(total, np.uint8) if out is None else np.frombuffer(out, np.uint8)
     if len(target) < total:
         raise ValueError(f"out has {len(target)} bytes; the records need {total}")
-    if len(words):
-        words |= np.where(is_zero, np.uint64(ZERO), np.uint64(PAGE)) | np.uint64(CONTINUE)
-        if named:
-            words[0] ^= np.uint64(CONTINUE)
-        _put_records(target, words.astype(">u8"), is_zero, rows, prefix)
+    words = places.astype(np.uint64)
+    words |= _PAGE_FLAGS.take(is_zero)
+    if not prefix:
+        _put_records(target, words, is_zero, rows)
+        return target.data[:total]
+
+    size = WORD_SIZE + len(prefix) + (1 if is_zero[0] else page_size)
+    row = 0 if is_zero[0] else 1
+    _put_named(target[:size], int(words[0]) & ~CONTINUE, prefix, rows[:row])
+    _put_records(target[size:], words[1:], is_zero[1:], rows[row:])
     return target.data[:total]
 
 
 def _check_batch(
-    words: NDArray[np.uint64], is_zero: NDArray[np.bool_], rows: NDArray[np.uint8]
+    places: NDArray[np.integer], is_zero: NDArray[np.bool_], rows: NDArray[np.uint8]
 ) -> int:
     """The page size of a batch whose parts agree; ValueError otherwise."""
-    if words.ndim != 1 or is_zero.shape != words.shape:
-        raise ValueError(f"offsets of shape {words.shape}, zero of shape {is_zero.shape}")
-    pages = len(words) - int(np.count_nonzero(is_zero))
+    if places.ndim != 1 or places.dtype.kind not in "iu" or is_zero.shape != places.shape:
+        raise ValueError(
+            f"offsets of {places.dtype} and shape {places.shape}, zero of shape {is_zero.shape}; "
+            "integers and bools of the same length are needed"
+        )
+    pages = len(places) - int(np.count_nonzero(is_zero))
     if rows.ndim != 2 or rows.dtype != np.uint8 or len(rows) != pages:
         raise ValueError(
             f"rows of {rows.dtype} and shape {rows.shape}; uint8 and {pages} rows are needed"
         )
     page_size = check_page_size(rows.shape[1])
-    misplaced = np.flatnonzero(words & np.uint64(page_size - 1))
-    if len(misplaced):
-        raise ValueError(
-            f"offset {int(words[misplaced[0]]):#x} is not on a page of {page_size} bytes"
-        )
+    merged = int(np.bitwise_or.reduce(places)) if len(places) else 0
+    if merged < 0 or merged & (page_size - 1):
+        wrong = next(at for at in places.tolist() if at < 0 or at % page_size)
+        raise ValueError(f"offset {wrong} is not on a page of {page_size} bytes")
     return page_size
+
+
+def _put_named(target: NDArray[np.uint8], word: int, prefix: bytes, row: NDArray[np.uint8]) -> None:
+    """The record that fills `target`, with a name; `row` is empty for a zero page."""
+    head = word.to_bytes(WORD_SIZE, "big") + prefix
+    target[: len(head)] = np.frombuffer(head, np.uint8)
+    target[len(head) :] = row[0] if len(row) else 0
 
 
 def _put_records(
@@ -195,32 +213,39 @@ def _put_records(
     words: NDArray[np.uint64],
     is_zero: NDArray[np.bool_],
     rows: NDArray[np.uint8],
-    prefix: bytes,
 ) -> None:
-    """Write run by run: within a run of one kind all records are alike in size."""
-    page_size = rows.shape[1]
-    breaks = (np.flatnonzero(is_zero[1:] != is_zero[:-1]) + 1).tolist()
-    starts = [0, *breaks]
-    if prefix and len(words) > 1 and starts[1:2] != [1]:
-        starts.insert(1, 1)  # the name makes the first record longer than its run's others
-    heads = words.view(np.uint8).reshape(-1, WORD_SIZE)
-    position = row = 0
-    for first, end in zip(starts, [*starts[1:], len(words)], strict=True):
+    """Records with CONTINUE from the start of `target` on.
+
+    A run of one kind has one stride and is written by numpy in two assignments. Where runs are
+    short on average, that costs more than a loop over records.
+    """
+    ends = [*(np.flatnonzero(is_zero[1:] != is_zero[:-1]) + 1).tolist(), len(words)]
+    if len(words) < _LONG_RUN * len(ends):
+        _put_each(target.data, words.tolist(), rows)
+        return
+    position = first = row = 0
+    for end in ends:
         count = end - first
-        name = prefix if first == 0 else b""
-        body = 1 if is_zero[first] else page_size
-        at = WORD_SIZE + len(name)
-        size = at + body
+        taken = 0 if is_zero[first] else count
+        size = WORD_SIZE + (rows.shape[1] if taken else 1)
         records = target[position : position + count * size].reshape(count, size)
-        records[:, :WORD_SIZE] = heads[first:end]
-        if name:
-            records[0, WORD_SIZE:at] = np.frombuffer(name, np.uint8)
-        if is_zero[first]:
-            records[:, at] = 0
+        heads = words[first:end].astype(">u8").view(np.uint8)
+        records[:, :WORD_SIZE] = heads.reshape(count, WORD_SIZE)
+        records[:, WORD_SIZE:] = rows[row : row + taken] if taken else 0
+        first, row, position = end, row + taken, position + count * size
+
+
+def _put_each(view: memoryview, words: list[int], rows: NDArray[np.uint8]) -> None:
+    pack_into, page_size, bodies, position = _WORD.pack_into, rows.shape[1], iter(rows), 0
+    for word in words:
+        pack_into(view, position, word)
+        position += WORD_SIZE
+        if word & ZERO:
+            view[position] = 0
+            position += 1
         else:
-            records[:, at:] = rows[row : row + count]
-            row += count
-        position += count * size
+            view[position : position + page_size] = next(bodies)
+            position += page_size
 
 
 def encode_batch(message: Pages) -> bytes:
