@@ -13,8 +13,8 @@ thread goes on answering. One message each way is a packet of JSON, with descrip
     {"op": "touch", "count", "threads"} + memory file    → {}; {"touched": true} when all are done
     {"op": "close"}                                      the process exits with 0
 
-A failure answers {"error": [operation, errno, strerror, detail, advice]}. When the other side goes away
-the process exits with `ORPHANED`: its memory would never fill.
+A failure answers {"error": [operation, errno, strerror, detail, advice]}. When the other side goes
+away the process exits with `ORPHANED`: its memory would never fill.
 
 The memory file of a touch holds three arrays of `count` 64-bit integers: addresses to read, how
 many nanoseconds each read took (0: not yet), and the 8 bytes that were read.

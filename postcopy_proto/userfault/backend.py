@@ -23,61 +23,32 @@ import logging
 import os
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Final
 
-import numpy as np
 from bitarray import bitarray
-from numpy.typing import NDArray
 
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError, UserfaultError
 from postcopy_proto.messages import Pages
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE
 from postcopy_proto.userfault.abi import Features, Ioctls
+from postcopy_proto.userfault.blocks import GuestBlock, GuestBlocks
 from postcopy_proto.userfault.descriptor import (
     AgainError,
     AlreadyPresentError,
     AnyEvent,
     ForkEvent,
-    NotRegisteredError,
     PageFault,
     RemapEvent,
     RemoveEvent,
     UnmapEvent,
     Userfaultfd,
 )
+from postcopy_proto.userfault.placing import Placer
 from postcopy_proto.userfault.region import Region
-from postcopy_proto.userfault.staging import HostPage, Staging, address_of
 from postcopy_proto.userfault.statistics import FaultStatistics
 
 trace = logging.getLogger("postcopy_proto.trace")
 log = logging.getLogger(__name__)
-
-STAGING_SIZE: Final = 1 << 20
-"""Bytes compacted and placed by one ioctl at most, where headers stand between the pages."""
-RETRY_SECONDS: Final = 10.0
-"""How long a placement is retried that makes no progress (EAGAIN: the owner is changing its
-mappings; it ends when the owner does)."""
-
-
-class _Block:
-    """What the backend knows of one region."""
-
-    def __init__(self, region: Region, page_size: int) -> None:
-        self.region = region
-        self.idstr = region.block.idstr
-        self.address = region.address
-        self.length = region.block.used_length
-        self.host_page_size = region.block.page_size
-        count = self.length // page_size
-        self.received = bitarray(count, endian="little")
-        self.received.setall(False)
-        self.removed: set[int] = set()
-        """host pages that the guest dropped itself: zero from then on, whatever arrives"""
-        self.waiting: dict[int, list[tuple[int, int]]] = {}
-        """host page → (thread id, time of the event) of each thread that waits for it"""
-        self.can_zeropage = True
 
 
 class Backend:
@@ -109,11 +80,7 @@ class Backend:
             if region.block.page_size < target_page_size:
                 raise ValueError(f"{region}: target pages are bigger than its host pages")
         self._page_size = target_page_size
-        self._blocks = {r.block.idstr: _Block(r, target_page_size) for r in regions}
-        if len(self._blocks) != len(regions):
-            raise ValueError("two regions have one name")
-        self._by_address = sorted(self._blocks.values(), key=lambda block: block.address)
-        self._addresses = [block.address for block in self._by_address]
+        self._blocks = GuestBlocks(regions, target_page_size)
         self._wanted_mode = user_mode_only
         self._lock_memory = lock_memory
         self._inhibit_discards = inhibit_discards
@@ -123,15 +90,11 @@ class Backend:
         self._events: list[AnyEvent] = []
         self._wanted: list[tuple[str, int]] = []
         self._serving_thread = 0
-        largest = max(region.block.page_size for region in regions)
-        self._staging = Staging(max(STAGING_SIZE, largest))
-        self._zeros = Staging(max(STAGING_SIZE, largest))
-        self._host_pages: dict[Channel, HostPage] = {}
-        self.received: dict[str, bitarray] = {
-            name: block.received for name, block in self._blocks.items()
-        }
+        self._ended = False
+        self.received: dict[str, bitarray] = {block.idstr: block.received for block in self._blocks}
         """per block one bit a target page, little-endian bit order: has arrived"""
         self.stats = FaultStatistics()
+        self._placer = Placer(self._blocks, target_page_size, self.stats, self._collect_events)
 
     # ---- before LISTEN
 
@@ -140,7 +103,7 @@ class Backend:
 
         (postcopy_ram_incoming_init)
         """
-        for block in self._blocks.values():
+        for block in self._blocks:
             self._owner.discard(block.region, 0, block.length)
             block.received.setall(False)
             if trace.isEnabledFor(logging.DEBUG):
@@ -155,7 +118,7 @@ class Backend:
 
         Not earlier, so that most of precopy enjoys them. (postcopy_ram_prepare_discard)
         """
-        for block in self._blocks.values():
+        for block in self._blocks:
             self._owner.advise_huge_pages(block.region, False)
             if trace.isEnabledFor(logging.DEBUG):
                 trace.debug(
@@ -175,7 +138,7 @@ class Backend:
             raise RemoteProtocolError(
                 f"discard of {block} after LISTEN", kind=ErrorKind.STATE, message=message
             )
-        target = self._block(block, message)
+        target = self._blocks.named(block, message)
         host = target.host_page_size
         if start < 0 or length < 0 or start + length > target.length or (start | length) % host:
             raise RemoteProtocolError(
@@ -198,6 +161,7 @@ class Backend:
         UserfaultError when the host can't, with everything opened closed again.
         (postcopy_ram_enable_notify, ram_block_enable_notify)
         """
+        self._check_not_ended()
         if self._uffd is not None:
             raise ValueError("already listening")
         self._owner.flush()
@@ -208,7 +172,7 @@ class Backend:
         features = available & (Features.EVENT_REMOVE | Features.EVENT_UNMAP | Features.THREAD_ID)
         uffd, registered = self._owner.open_userfaultfd(features, self._wanted_mode)
         try:
-            for block in self._blocks.values():
+            for block in self._blocks:
                 if not registered:
                     self._register(uffd, block)
                 elif block.host_page_size != self._page_size:
@@ -220,12 +184,12 @@ class Backend:
             self._inhibit_discards(True)
         self._uffd = uffd
         self._serving_thread = threading.get_ident()
-        for block in self._blocks.values():
+        for block in self._blocks:
             block.region.before_read = self._guard(block)
         trace.debug("postcopy_ram_enable_notify")
 
     @staticmethod
-    def _register(uffd: Userfaultfd, block: _Block) -> None:
+    def _register(uffd: Userfaultfd, block: GuestBlock) -> None:
         offered = uffd.register(block.address, block.length)
         needed = Ioctls.COPY | Ioctls.WAKE
         if offered & needed != needed:
@@ -280,8 +244,8 @@ class Backend:
         They come with the next `read_faults`; returns how many there are. The way for the
         serving thread to get at memory: ask, go on serving until none is missing, read.
         """
-        target = self._blocks[block]
-        pages = self.missing(block, start, length)
+        target = self._blocks.named(block, "want")
+        pages = target.missing(start, length)
         for page in pages:
             if page not in target.waiting:
                 target.waiting[page] = []
@@ -290,22 +254,13 @@ class Backend:
 
     def missing(self, block: str, start: int, length: int) -> list[int]:
         """Byte offsets of the host pages of a range that have not arrived."""
-        target = self._blocks[block]
-        if not target.region.block.contains(start, length):
-            raise ValueError(f"{start:#x} + {length:#x} is outside {block}")
-        host = target.host_page_size
-        first = start // host * host
-        return [
-            page
-            for page in range(first, start + length, host)
-            if not target.received[page // self._page_size]
-        ]
+        return self._blocks.named(block, "missing").missing(start, length)
 
     def _fault(self, fault: PageFault, now: int, requests: list[tuple[str, int]]) -> None:
         self.stats.faults += 1
-        block, offset = self._locate(fault.address)
+        block, offset = self._blocks.at(fault.address)
         host_page = offset & -block.host_page_size
-        if block.received[host_page // self._page_size]:
+        if block.has_received(host_page):
             self._answer_received(block, host_page)
             self.stats.add_wait(fault.thread_id, time.perf_counter_ns() - now)
             return
@@ -322,34 +277,20 @@ class Backend:
         else:
             waiters.append((fault.thread_id, now))
 
-    def _locate(self, address: int) -> tuple[_Block, int]:
-        index = bisect_right(self._addresses, address) - 1
-        if index >= 0:
-            block = self._by_address[index]
-            if address < block.address + block.length:
-                return block, address - block.address
-        raise UserfaultError(
-            "page fault",
-            errno.EFAULT,
-            os.strerror(errno.EFAULT),
-            f"address {address:#x} is in no RAMBlock",
-        )
+    def _answer_received(self, block: GuestBlock, host_page: int) -> None:
+        """A fault on a page that counts as received.
 
-    def _answer_received(self, block: _Block, host_page: int) -> None:
-        """A fault on a page that is there, or was until the guest dropped it."""
+        It is there by now; or it was, until the guest dropped it; or it came as a zero page in
+        precopy, which leaves empty memory empty. All that can be missing are zeros.
+        """
         uffd = self._descriptor()
-        if host_page in block.removed:
+        address, length = block.address + host_page, block.host_page_size
+        try:
+            self._placer.zero(uffd, block, address, length)
             self.stats.zero_filled += 1
-            try:
-                if block.can_zeropage:
-                    uffd.zeropage(block.address + host_page, block.host_page_size)
-                else:
-                    uffd.copy(block.address + host_page, self._zeros.address, block.host_page_size)
-            except (AlreadyPresentError, AgainError):
-                uffd.wake(block.address + host_page, block.host_page_size)
-            return
-        self.stats.woken += 1
-        uffd.wake(block.address + host_page, block.host_page_size)
+        except (AlreadyPresentError, AgainError):
+            self.stats.woken += 1
+            uffd.wake(address, length)
 
     def _other_event(self, event: AnyEvent) -> None:
         if isinstance(event, RemoveEvent | UnmapEvent):
@@ -372,19 +313,13 @@ class Backend:
 
     def _removed(self, start: int, end: int) -> None:
         """The guest dropped pages: they are zero now, and what still arrives for them is old."""
-        for block in self._by_address:
-            low = max(start, block.address) - block.address
-            high = min(end, block.address + block.length) - block.address
-            if low >= high:
-                continue
+        for block, low, high in self._blocks.overlapping(start, end):
             host = block.host_page_size
-            pages = range(low & -host, high, host)
-            block.removed.update(pages)
             block.received[low // self._page_size : -(-high // self._page_size)] = True
-            self.stats.removed += len(pages)
+            self.stats.removed += (high - low) // host
             for page in [page for page in block.waiting if low <= page < high]:
                 self._answer_received(block, page)
-                self._resolved(block, page, host)
+                block.resolved(page, host, self.stats)
 
     def _collect_events(self) -> None:
         """Reads events in the middle of a placement: the owner can only go on when they are read.
@@ -397,13 +332,13 @@ class Backend:
             else:
                 self._other_event(event)
 
-    def _guard(self, block: _Block) -> Callable[[int, int], None]:
+    def _guard(self, block: GuestBlock) -> Callable[[int, int], None]:
         """The check that the serving thread does not wait for itself."""
 
         def check(offset: int, length: int) -> None:
             if threading.get_ident() != self._serving_thread or self._uffd is None:
                 return
-            if missing := self.missing(block.idstr, offset, length):
+            if missing := block.missing(offset, length):
                 raise UserfaultError(
                     "read",
                     errno.EDEADLK,
@@ -426,176 +361,15 @@ class Backend:
         misaligned, a page of the wrong host page; UserfaultError when memory runs out or
         the owner has gone. (postcopy_place_page, postcopy_place_page_zero)
         """
+        self._check_not_ended()
         if len(pages) == 0:
             return
-        block = self._block(pages.block, "PAGE", channel)
-        self._check_offsets(block, pages, channel)
-        if self._uffd is None:
-            self._write(block, pages)
-        elif block.host_page_size == self._page_size:
-            self._place(block, pages)
+        block = self._placer.check(pages, channel)
+        if self._uffd is not None:
+            self._placer.place(self._uffd, block, pages, channel)
         else:
-            self._place_host_pages(block, pages, channel)
-
-    def _check_offsets(self, block: _Block, pages: Pages, channel: Channel) -> None:
-        size = self._page_size
-        offsets = pages.offsets
-        last = int(offsets.max())
-        misaligned = int(np.bitwise_or.reduce(offsets)) & (size - 1)
-        if pages.page_size == size and last + size <= block.length and not misaligned:
-            return
-        raise RemoteProtocolError(
-            f"page at {last:#x} is no page of {size} bytes inside {block.idstr} of "
-            f"{block.length:#x} bytes",
-            kind=ErrorKind.RANGE,
-            channel=channel,
-            message="PAGE",
-        )
-
-    def _write(self, block: _Block, pages: Pages) -> None:
-        """Precopy: over whatever is there. Zero pages are written only where something was."""
-        size = self._page_size
-        self._owner.flush()
-        base = address_of(pages.data) if len(pages.data) else 0
-        for first, count in pages.runs():
-            offset = int(pages.offsets[first])
-            page = offset // size
-            positions = pages.positions[first : first + count]
-            if positions[0] >= 0:
-                sources: NDArray[np.uint64] = (positions + base).astype(np.uint64)
-                block.region.write(offset, sources, size)
-            elif block.received[page : page + count].any():
-                zeros = np.full(count, self._zeros.address, np.uint64)
-                block.region.write(offset, zeros, size)
-            block.received[page : page + count] = True
-
-    def _place(self, block: _Block, pages: Pages) -> None:
-        """Postcopy, host page = target page."""
-        size = self._page_size
-        base = address_of(pages.data) if len(pages.data) else 0
-        for first, count in pages.runs():
-            page = int(pages.offsets[first]) // size
-            position = int(pages.positions[first])
-            if position < 0:
-                self._fill(block, page, count, None)
-                continue
-            stride = int(pages.positions[first + 1]) - position if count > 1 else size
-            if stride == size:
-                self._fill(block, page, count, base + position)
-                continue
-            most = self._staging.size // size
-            for done in range(0, count, most):
-                rows = min(most, count - done)
-                self._staging.gather(pages.data, position + done * stride, stride, rows, size)
-                self._fill(block, page + done, rows, self._staging.address)
-
-    def _place_host_pages(self, block: _Block, pages: Pages, channel: Channel) -> None:
-        """Postcopy, host page > target page: collected, and placed when complete."""
-        collector = self._host_pages.get(channel)
-        if collector is None:
-            collector = HostPage(self._zeros.size, self._page_size, channel)
-            self._host_pages[channel] = collector
-        ram, size, host = block.region.block, self._page_size, block.host_page_size
-        for first, count in pages.runs():
-            offset = int(pages.offsets[first])
-            position = int(pages.positions[first])
-            stride = int(pages.positions[first + 1]) - position if count > 1 else size
-            data = None if position < 0 else pages.data
-            done = 0
-            while done < count:
-                at = offset + done * size
-                host_page = at & -host
-                within = (at - host_page) // size
-                part = min(count - done, host // size - within)
-                where = position + done * stride
-                if collector.add(ram, host_page, within, part, data, where, stride):
-                    source = None if collector.all_zero else collector.address
-                    self._fill(block, host_page // size, host // size, source)
-                done += part
-
-    def _fill(self, block: _Block, page: int, count: int, source: int | None) -> None:
-        """Makes target pages [page, page + count) present: bytes at `source`, or zeros.
-
-        Each turn of the loop takes the next run that has not been received, so whatever the
-        kernel did or refused, the bitmap says where to go on.
-        """
-        size, received, stats = self._page_size, block.received, self.stats
-        end = page + count
-        at = page
-        deadline = 0.0
-        while at < end:
-            if received[at]:
-                following = received.find(0, at, end)
-                following = end if following < 0 else following
-                stats.duplicates += following - at
-                at = following
-                continue
-            stop = received.find(1, at, end)
-            stop = end if stop < 0 else stop
-            address, length = block.address + at * size, (stop - at) * size
-            try:
-                if source is None:
-                    done = self._zero(block, address, length)
-                else:
-                    uffd = self._descriptor()
-                    done = uffd.copy(address, source + (at - page) * size, length)
-            except AgainError as error:
-                stats.retries += 1
-                done = error.done
-                if done == 0:
-                    now = time.monotonic()
-                    deadline = deadline or now + RETRY_SECONDS
-                    if now > deadline:
-                        raise
-                    self._collect_events()
-            except AlreadyPresentError:
-                done = block.host_page_size
-                stats.already_present += 1
-                self._descriptor().wake(address, done)
-            except NotRegisteredError:
-                # The owner unmapped it in between: the event says so, else it is an error.
-                self._collect_events()
-                if not received[at]:
-                    raise
-                done = 0
-            if done:
-                deadline = 0.0
-                self._mark(block, at, done, source is None)
-                at += done // size
-
-    def _zero(self, block: _Block, address: int, length: int) -> int:
-        """Zeros by ZEROPAGE, or from a buffer of them where that is not offered."""
-        uffd = self._descriptor()
-        if block.can_zeropage:
-            return uffd.zeropage(address, length)
-        return uffd.copy(address, self._zeros.address, min(length, self._zeros.size))
-
-    def _mark(self, block: _Block, page: int, length: int, zero: bool) -> None:
-        """`length` bytes from target page `page` are there."""
-        count = length // self._page_size
-        block.received[page : page + count] = True
-        stats = self.stats
-        stats.placements += 1
-        stats.pages += count
-        if zero:
-            stats.zero_pages += count
-        if block.waiting:
-            self._resolved(block, page * self._page_size, length)
-        if trace.isEnabledFor(logging.DEBUG):
-            name = "postcopy_place_page_zero" if zero else "postcopy_place_page"
-            trace.debug("%s host=%#x", name, block.address + page * self._page_size)
-
-    def _resolved(self, block: _Block, start: int, length: int) -> None:
-        """Ends the waits for host pages in [start, start + length)."""
-        now = time.perf_counter_ns()
-        waiting, host = block.waiting, block.host_page_size
-        if len(waiting) * host < length:
-            pages = [page for page in waiting if start <= page < start + length]
-        else:
-            pages = [page for page in range(start, start + length, host) if page in waiting]
-        for page in pages:
-            for thread_id, since in waiting.pop(page):
-                self.stats.add_wait(thread_id, now - since)
+            self._owner.flush()
+            self._placer.write(block, pages)
 
     # ---- the end
 
@@ -607,6 +381,9 @@ class Backend:
         it can't be is logged, and does not fail a migration whose state is valid. Calling it
         again does nothing. (postcopy_ram_incoming_cleanup)
         """
+        if self._ended:
+            return
+        self._ended = True
         uffd, self._uffd = self._uffd, None
         trace.debug("postcopy_ram_incoming_cleanup_entry")
         if uffd is not None:
@@ -625,11 +402,11 @@ class Backend:
                     self._owner.lock_memory(True)
                 except UserfaultError as error:
                     log.warning("memory could not be locked again: %s", error)
-        self._host_pages.clear()
+        self._placer.close()
         trace.debug("postcopy_ram_incoming_cleanup_exit")
 
     def _unregister(self, uffd: Userfaultfd) -> None:
-        for block in self._blocks.values():
+        for block in self._blocks:
             block.region.before_read = None
             if self._huge_pages:
                 self._owner.advise_huge_pages(block.region, True)
@@ -648,13 +425,6 @@ class Backend:
             raise ValueError("not listening: enable_notify comes first")
         return self._uffd
 
-    def _block(self, name: str, message: str, channel: Channel | None = None) -> _Block:
-        block = self._blocks.get(name)
-        if block is None:
-            raise RemoteProtocolError(
-                f"no RAMBlock is named {name!r}",
-                kind=ErrorKind.UNKNOWN,
-                channel=channel,
-                message=message,
-            )
-        return block
+    def _check_not_ended(self) -> None:
+        if self._ended:
+            raise ValueError("the backend was cleaned up")

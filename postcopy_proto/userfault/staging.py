@@ -30,6 +30,11 @@ class Staging:
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8)
         self.address: int = self.bytes.__array_interface__["data"][0]
 
+    def close(self) -> None:
+        """Gives the memory back."""
+        self.bytes = np.empty(0, np.uint8)
+        self._memory.close()
+
     def gather(self, data: memoryview, position: int, stride: int, rows: int, width: int) -> None:
         """Copies `rows` pieces of `width` bytes, `stride` apart in `data`, to the start."""
         source: NDArray[np.uint8] = np.ndarray(

@@ -46,9 +46,12 @@ class FaultStatistics:
     removed: int = 0
     """host pages that the guest itself dropped while being served"""
     zero_filled: int = 0
-    """faults on such pages, answered with zeros here"""
+    """faults answered with zeros here: the guest dropped the page, or it came as a zero page in
+    precopy, which leaves empty memory empty"""
     forks: int = 0
+    """times that the guest's process forked"""
     unknown_events: int = 0
+    """events of later kernels, skipped"""
     waits_ns: array[int] = field(default_factory=lambda: array("Q"))
     """every finished wait, in the order of its end"""
     by_thread: dict[int, ThreadWaits] = field(default_factory=dict)

@@ -1,0 +1,243 @@
+"""`Placer`: how a batch of pages gets into guest memory.
+
+Before LISTEN pages are written over whatever is there; afterwards they are placed by COPY and
+ZEROPAGE, atomically, in runs as long as the batch allows. (QEMU's ram_load_postcopy,
+postcopy_place_page, postcopy_place_page_zero)
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
+from postcopy_proto.messages import Pages
+from postcopy_proto.userfault.blocks import GuestBlock, GuestBlocks
+from postcopy_proto.userfault.descriptor import (
+    AgainError,
+    AlreadyPresentError,
+    NotRegisteredError,
+    Userfaultfd,
+)
+from postcopy_proto.userfault.staging import HostPage, Staging, address_of
+from postcopy_proto.userfault.statistics import FaultStatistics
+
+trace = logging.getLogger("postcopy_proto.trace")
+
+STAGING_SIZE: Final = 1 << 20
+"""Bytes compacted and placed by one ioctl at most, where headers stand between the pages."""
+RETRY_SECONDS: Final = 10.0
+"""How long a placement is retried that makes no progress (EAGAIN: the owner is changing its
+mappings; it ends when the owner does)."""
+
+
+class Placer:
+    """Places batches; `drain` reads the events that hold up a placement."""
+
+    def __init__(
+        self,
+        blocks: GuestBlocks,
+        page_size: int,
+        statistics: FaultStatistics,
+        drain: Callable[[], None],
+    ) -> None:
+        self._blocks = blocks
+        self._page_size = page_size
+        self._statistics = statistics
+        self._drain = drain
+        self._largest = max(block.host_page_size for block in blocks)
+        self._staging = Staging(max(STAGING_SIZE, self._largest))
+        self._zeros = Staging(max(STAGING_SIZE, self._largest))
+        self._host_pages: dict[Channel, HostPage] = {}
+
+    def check(self, pages: Pages, channel: Channel) -> GuestBlock:
+        """The batch's block, with every page known to be one of it (RemoteProtocolError)."""
+        block = self._blocks.named(pages.block, "PAGE", channel)
+        size = self._page_size
+        offsets = pages.offsets
+        last = first = int(offsets[0])
+        misaligned = first % size
+        if len(offsets) > 1:
+            last = int(offsets.max())
+            misaligned = int(np.bitwise_or.reduce(offsets)) % size
+        if misaligned or pages.page_size != size or last + size > block.length:
+            raise RemoteProtocolError(
+                f"page at {last:#x} is no page of {size} bytes inside {block.idstr} of "
+                f"{block.length:#x} bytes",
+                kind=ErrorKind.RANGE,
+                channel=channel,
+                message="PAGE",
+            )
+        return block
+
+    def write(self, block: GuestBlock, pages: Pages) -> None:
+        """Precopy. Zero pages are written only where something else was."""
+        size = self._page_size
+        base = _address_of(pages)
+        for first, count in _runs(pages):
+            offset = int(pages.offsets[first])
+            page = offset // size
+            positions = pages.positions[first : first + count]
+            if positions[0] >= 0:
+                sources: NDArray[np.uint64] = (positions + base).astype(np.uint64)
+                block.region.write(offset, sources, size)
+            elif block.received[page : page + count].any():
+                zeros = np.full(count, self._zeros.address, np.uint64)
+                block.region.write(offset, zeros, size)
+            block.received[page : page + count] = True
+
+    def place(self, uffd: Userfaultfd, block: GuestBlock, pages: Pages, channel: Channel) -> None:
+        """Postcopy."""
+        if block.host_page_size == self._page_size:
+            self._place_pages(uffd, block, pages)
+        else:
+            self._place_host_pages(uffd, block, pages, channel)
+
+    def _place_pages(self, uffd: Userfaultfd, block: GuestBlock, pages: Pages) -> None:
+        """A host page is a target page."""
+        size = self._page_size
+        base = _address_of(pages)
+        for first, count in _runs(pages):
+            page = int(pages.offsets[first]) // size
+            position = int(pages.positions[first])
+            stride = int(pages.positions[first + 1]) - position if count > 1 else size
+            if position < 0:
+                self.fill(uffd, block, page, count, None)
+            elif stride == size:
+                self.fill(uffd, block, page, count, base + position)
+            else:
+                self._place_strided(uffd, block, page, count, pages.data, position, stride)
+
+    def _place_strided(
+        self,
+        uffd: Userfaultfd,
+        block: GuestBlock,
+        page: int,
+        count: int,
+        data: memoryview,
+        position: int,
+        stride: int,
+    ) -> None:
+        """Contiguous in the block, `stride` apart in `data`: compacted, then one COPY."""
+        size = self._page_size
+        most = self._staging.size // size
+        for done in range(0, count, most):
+            rows = min(most, count - done)
+            self._staging.gather(data, position + done * stride, stride, rows, size)
+            self.fill(uffd, block, page + done, rows, self._staging.address)
+
+    def _place_host_pages(
+        self, uffd: Userfaultfd, block: GuestBlock, pages: Pages, channel: Channel
+    ) -> None:
+        """Host pages of many target pages: collected per channel, placed when complete."""
+        collector = self._host_pages.get(channel)
+        if collector is None:
+            collector = HostPage(self._largest, self._page_size, channel)
+            self._host_pages[channel] = collector
+        size, host = self._page_size, block.host_page_size
+        for first, count in _runs(pages):
+            offset = int(pages.offsets[first])
+            position = int(pages.positions[first])
+            stride = int(pages.positions[first + 1]) - position if count > 1 else size
+            data = None if position < 0 else pages.data
+            done = 0
+            while done < count:
+                at = offset + done * size
+                host_page = at & -host
+                within = (at - host_page) // size
+                part = min(count - done, host // size - within)
+                where = position + done * stride
+                if collector.add(block.region.block, host_page, within, part, data, where, stride):
+                    source = None if collector.all_zero else collector.address
+                    self.fill(uffd, block, host_page // size, host // size, source)
+                done += part
+
+    def fill(
+        self, uffd: Userfaultfd, block: GuestBlock, page: int, count: int, source: int | None
+    ) -> None:
+        """Makes target pages [page, page + count) present: bytes at `source`, or zeros.
+
+        Each turn of the loop takes the next run that has not been received, so whatever the
+        kernel did or refused, the bitmap says where to go on.
+        """
+        size, received, statistics = self._page_size, block.received, self._statistics
+        at, end = page, page + count
+        deadline = 0.0
+        while at < end:
+            if received[at]:
+                following = received.find(0, at, end)
+                following = end if following < 0 else following
+                statistics.duplicates += following - at
+                at = following
+                continue
+            stop = received.find(1, at, end)
+            stop = end if stop < 0 else stop
+            address, length = block.address + at * size, (stop - at) * size
+            try:
+                if source is None:
+                    done = self.zero(uffd, block, address, length)
+                else:
+                    done = uffd.copy(address, source + (at - page) * size, length)
+                statistics.placements += 1
+            except AgainError as error:
+                statistics.retries += 1
+                done = error.done
+                if done == 0:
+                    deadline = deadline or time.monotonic() + RETRY_SECONDS
+                    if time.monotonic() > deadline:
+                        raise
+                    self._drain()
+            except AlreadyPresentError:
+                done = block.host_page_size
+                statistics.already_present += 1
+                uffd.wake(address, done)
+            except NotRegisteredError:
+                # The owner may have unmapped it: then the event says so, and it is received.
+                done = 0
+                self._drain()
+                if not received[at]:
+                    raise
+            if done:
+                deadline = 0.0
+                self._placed(block, at, done // size, zero=source is None)
+                at += done // size
+
+    def zero(self, uffd: Userfaultfd, block: GuestBlock, address: int, length: int) -> int:
+        """Zeros by ZEROPAGE, or from a buffer of them where that is not offered; returns bytes."""
+        if block.can_zeropage:
+            return uffd.zeropage(address, length)
+        return uffd.copy(address, self._zeros.address, min(length, self._zeros.size))
+
+    def _placed(self, block: GuestBlock, page: int, count: int, *, zero: bool) -> None:
+        """`count` target pages from `page` are there."""
+        block.received[page : page + count] = True
+        statistics = self._statistics
+        statistics.pages += count
+        if zero:
+            statistics.zero_pages += count
+        size = self._page_size
+        if block.waiting:
+            block.resolved(page * size, count * size, statistics)
+        if trace.isEnabledFor(logging.DEBUG):
+            name = "postcopy_place_page_zero" if zero else "postcopy_place_page"
+            trace.debug("%s host=%#x pages=%d", name, block.address + page * size, count)
+
+    def close(self) -> None:
+        """Frees the staging memory."""
+        self._host_pages.clear()
+        self._staging.close()
+        self._zeros.close()
+
+
+def _runs(pages: Pages) -> Iterable[tuple[int, int]]:
+    """`pages.runs()`, without its cost for a single page: the one somebody waits for."""
+    return ((0, 1),) if len(pages) == 1 else pages.runs()
+
+
+def _address_of(pages: Pages) -> int:
+    return address_of(pages.data) if len(pages.data) else 0
