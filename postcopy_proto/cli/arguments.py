@@ -27,3 +27,10 @@ def block_page_size(text: str) -> tuple[str, int]:
     if value < 4096 or value & (value - 1):
         raise argparse.ArgumentTypeError(f"{number!r} is no power of two of at least 4096")
     return block, value
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)

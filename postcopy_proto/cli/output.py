@@ -45,6 +45,11 @@ def print_json_line(document: object) -> None:
     sys.stdout.write(json.dumps(document, separators=(", ", ": ")) + "\n")
 
 
+def print_line(text: str) -> None:
+    """A line on stdout."""
+    sys.stdout.write(f"{printable(text)}\n")
+
+
 def print_table(
     title: str,
     columns: Sequence[str],
