@@ -76,6 +76,10 @@ class DestinationConnection:
         self._requested: dict[str, set[int]] = {}
         self.state = ForwardState.HEADER
         self.return_path_state = ReturnPathState.CLOSED
+        self.configuration: m.Configuration | None = None
+        """the source's machine, once it was read"""
+        self.ram_section_id: int | None = None
+        """the id that the source gave to RAM's section"""
         self.blocks: dict[str, RAMBlock] = {}
         """the block list, in the source's order"""
         self.received: dict[str, DirtyBitmap] = {}
@@ -144,8 +148,10 @@ class DestinationConnection:
     ) -> m.Message | m.NeedData:
         if self._error is not None:
             raise self._error
+        before = self.state
         try:
             while True:
+                before = self.state
                 event = self._pull(decoder)
                 if isinstance(event, m.NeedData):
                     return event
@@ -153,27 +159,13 @@ class DestinationConnection:
                 if accepted is not None:
                     return accepted
         except RemoteProtocolError as error:
-            self._error = self._located(error, decoder, channel)
+            self._error = _located(error, channel, decoder.event_offset, before)
             raise self._error from error.__cause__
 
     def _pull(self, decoder: ForwardDecoder | PreemptDecoder) -> m.Message | m.NeedData:
         if self._package and decoder is self._decoder:
             return self._package.pop(0)
         return decoder.next_event()
-
-    def _located(
-        self,
-        error: RemoteProtocolError,
-        decoder: ForwardDecoder | PreemptDecoder,
-        channel: Channel,
-    ) -> RemoteProtocolError:
-        if error.channel is None:
-            error.channel = channel
-        if error.offset is None:
-            error.offset = decoder.event_offset
-        if error.state is None:
-            error.state = str(self.state)
-        return error
 
     def _accept(self, event: m.Message, channel: Channel) -> m.Message | None:
         """Check one message against the state, follow it, and say what the caller sees of it."""
@@ -191,6 +183,10 @@ class DestinationConnection:
         match event:
             case m.Pages():
                 return self._accept_pages(event)
+            case m.Configuration():
+                self.configuration = event
+            case m.SectionStart(section_id):
+                self.ram_section_id = section_id
             case m.RamBlockList():
                 self._accept_blocks()
             case m.PostcopyAdvise():
@@ -396,6 +392,19 @@ class DestinationConnection:
         end = min(start + block.page_size, block.used_length)
         size = self._target_page_size
         return self.received[idstr].bits.find(0, start // size, -(-end // size)) < 0
+
+
+def _located(
+    error: RemoteProtocolError, channel: Channel, offset: int, state: ForwardState
+) -> RemoteProtocolError:
+    """The error with what the one who raised it did not know."""
+    if error.channel is None:
+        error.channel = channel
+    if error.offset is None:
+        error.offset = offset
+    if error.state is None:
+        error.state = str(state)
+    return error
 
 
 def _inflate(page: m.CompressedPage, page_size: int) -> m.Pages:

@@ -46,14 +46,12 @@ from postcopy_proto.states import (
     next_return_path_state,
 )
 from postcopy_proto.wire import Limits, ReturnPathDecoder, encode
+from postcopy_proto.wire.forward import RAM_IDSTR, RAM_VERSION
 from postcopy_proto.wire.pages import encode_pages
 
 RAM_SECTION_ID = 2
 """The section id that RAM has in stock streams of 5.2 and 7.2. Never 0: a destination's search
 for a section may then end at another handler (wire: SECTION_PART)."""
-
-RAM_VERSION = 4
-"""The only version of RAM's section that a loader accepts."""
 
 REQUEST_QUEUE_LIMIT = 65536
 """Requests that may wait at once: far more than any VM has vCPUs to fault with, and few enough to
@@ -160,7 +158,7 @@ class SourceConnection:
             m.OpenReturnPath(),
             m.Ping(1),
             m.PostcopyAdvise(summary, self._target_page_size),
-            m.SectionStart(self._section_id, "ram", 0, RAM_VERSION),
+            m.SectionStart(self._section_id, RAM_IDSTR, 0, RAM_VERSION),
             m.RamBlockList(
                 tuple(
                     m.RamBlockEntry(
@@ -186,8 +184,9 @@ class SourceConnection:
         """Discards, PING 2, the package with the device state, PING 4; each piece for one send.
 
         `dirty` has a bitmap by target page for every block: what must still be sent. None means
-        everything. Partly dirty host pages become wholly dirty. The caller stops its VM before,
-        and must not start it again once a byte of the package has left.
+        everything. Partly dirty host pages become wholly dirty. `device_state` is a sequence of
+        SECTION_FULL items with their footers, verbatim; empty for none. The caller stops its VM
+        before, and must not start it again once a byte of the package has left.
         """
         self._require(ForwardState.ADVISE, "the switchover")
         if dirty is None:
@@ -376,7 +375,6 @@ class SourceConnection:
                 kind=ErrorKind.STATE,
                 message=event.NAME,
             )
-        self.return_path_state = after
         match event:
             case m.ReqPagesId(start, length, block):
                 self._requested_block = block
@@ -388,6 +386,7 @@ class SourceConnection:
                 self.shut_status = status
             case _:
                 pass
+        self.return_path_state = after
 
     def _enqueue(self, name: str, idstr: str, start: int, length: int) -> None:
         block = self.blocks.get(idstr)

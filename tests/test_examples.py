@@ -38,7 +38,7 @@ def test_joined() -> None:
         [("toy.ram", 1024 * 4096), ("toy.ram", 2047 * 4096)]
         + [("toy.rom", 8 * 4096), ("toy.rom", 15 * 4096)]
     )
-    assert loop.statistics.pages == 4
+    assert loop.statistics.pages == 2
     assert loop.statistics.zero_pages == 2
 
 

@@ -46,7 +46,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo and print what it found."""
     from postcopy_proto.net.demo import DemoOptions, run_demo
-    from postcopy_proto.net.destination_loop import TransferMode
+    from postcopy_proto.net.transport import TransferMode
 
     options = DemoOptions(
         args.size, args.dirty, args.seed, args.touch, TransferMode[args.mode.upper()]
@@ -84,7 +84,7 @@ def _print(result: DemoResult) -> None:
     postcopy = statistics.postcopy_seconds or 0.0
     rows: list[tuple[str, str]] = [
         ("verified", f"{result.compared_bytes:,} bytes, equal to the source's"),
-        ("page records", f"{statistics.pages:,}, of them {statistics.zero_pages:,} zero pages"),
+        ("pages", f"{statistics.pages:,} with content, {statistics.zero_pages:,} zero pages"),
         (
             "discards",
             f"{statistics.discard_commands:,} commands with {statistics.discard_ranges:,} ranges",
@@ -135,9 +135,10 @@ def _bars(enabled: bool) -> Iterator[Callable[[DemoProgress], None] | None]:
         def show(progress: DemoProgress) -> None:
             statistics = progress.destination
             assert statistics is not None
-            after = max(statistics.pages - progress.ram_pages, 0)
+            arrived = statistics.pages + statistics.zero_pages
+            after = max(arrived - progress.ram_pages, 0)
             bars.update(precopy, completed=progress.precopy_pages, total=progress.ram_pages)
-            bars.update(placed, completed=statistics.pages)
+            bars.update(placed, completed=arrived)
             if progress.dirty_pages:
                 bars.update(placed, total=progress.ram_pages + progress.dirty_pages)
                 bars.update(faults, completed=statistics.requests, total=progress.dirty_pages)

@@ -76,9 +76,9 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Receive one migration."""
     from postcopy_proto.destination import DestinationConnection
-    from postcopy_proto.net.destination_loop import DestinationLoop, TransferMode
+    from postcopy_proto.net.destination_loop import DestinationLoop
     from postcopy_proto.net.target import FileTarget, GuestTarget, random_missing_pages
-    from postcopy_proto.net.transport import Listener, parse_address
+    from postcopy_proto.net.transport import Listener, TransferMode, parse_address
 
     try:
         address = parse_address(args.listen)
@@ -119,7 +119,7 @@ def document(
     """The figures as `--json` prints them."""
     figures: dict[str, Any] = {
         "completed": True,
-        "machine": target.machine,
+        "machine": _machine(connection),
         "blocks": _blocks(target, connection),
         "discard_commands": statistics.discard_commands,
         "discard_ranges": statistics.discard_ranges,
@@ -134,12 +134,16 @@ def document(
             "bytes": statistics.postcopy_bytes,
             "seconds": round(statistics.postcopy_seconds, 6),
         }
-    if guest is not None and guest.touched is not None:
-        figures["touched"] = guest.touched.count
+    if guest is not None and guest.touch is not None:
+        figures["touched"] = len(guest.touch)
         figures["faults"] = guest.statistics.faults
         figures["fault_latency_us"] = guest.statistics.latency_us()
         figures["fault_latency_histogram"] = guest.statistics.histogram()
     return figures
+
+
+def _machine(connection: DestinationConnection) -> str | None:
+    return connection.configuration.machine if connection.configuration else None
 
 
 def _blocks(target: FileTarget, connection: DestinationConnection) -> Mapping[str, dict[str, int]]:
@@ -147,8 +151,8 @@ def _blocks(target: FileTarget, connection: DestinationConnection) -> Mapping[st
         name: {
             "length": block.used_length,
             "page_size": block.page_size,
-            "pages": target.sink.received_pages(name),
-            "zero_pages": target.sink.zero_pages(name),
+            "pages": target.sink.pages[name],
+            "zero_pages": target.sink.zero_pages[name],
         }
         for name, block in connection.blocks.items()
     }
@@ -164,8 +168,8 @@ def _print(
         (name, f"{b['length']:,}", f"{b['page_size']:,}", f"{b['pages']:,}", f"{b['zero_pages']:,}")
         for name, b in _blocks(target, connection).items()
     ]
-    columns = ("RAMBlock", "bytes", "host page", "pages received", "of them zero")
-    output.print_table(f"received: {target.machine}", columns, rows, right=(1, 2, 3, 4))
+    columns = ("RAMBlock", "bytes", "host page", "pages", "zero pages")
+    output.print_table(f"received: {_machine(connection)}", columns, rows, right=(1, 2, 3, 4))
     seconds = statistics.seconds
     lines = [f"{statistics.bytes:,} bytes in {seconds:.2f} s"]
     if statistics.postcopy_seconds is None:
@@ -175,12 +179,14 @@ def _print(
             f"postcopy phase: {statistics.postcopy_bytes:,} bytes in "
             f"{statistics.postcopy_seconds:.3f} s; {statistics.discard_ranges:,} ranges discarded"
         )
-    if guest is not None and guest.touched is not None:
+    if guest is not None and guest.touch is not None:
         faults = guest.statistics
         lines.append(
-            f"{guest.touched.count:,} pages touched, {faults.faults:,} faults, "
+            f"{len(guest.touch):,} pages touched, {faults.faults:,} faults, "
             f"{statistics.requests:,} requests; latency "
-            + "p50 {p50:,.0f} µs, p99 {p99:,.0f} µs, max {max:,.0f} µs".format(**faults.latency_us())
+            + "p50 {p50:,.0f} µs, p99 {p99:,.0f} µs, max {max:,.0f} µs".format(
+                **faults.latency_us()
+            )
         )
         lines.append("what the process sees is what the file holds")
     sys.stdout.write("\n".join(lines) + "\n")

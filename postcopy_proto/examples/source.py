@@ -12,7 +12,15 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
-from postcopy_proto import Configuration, DirtyBitmap, RAMBlock, SourceConnection
+from postcopy_proto import (
+    Configuration,
+    DirtyBitmap,
+    RAMBlock,
+    SectionFooter,
+    SectionFull,
+    SourceConnection,
+    encode,
+)
 from postcopy_proto.net.source_loop import SourceLoop
 
 PAGE = 4096
@@ -21,7 +29,9 @@ PAGE = 4096
 class ToyVm:
     """RAM in numpy arrays, one row a page; every write marks its page dirty."""
 
-    device_state = b"the toy has one register: 42"
+    device_state = b"".join(  # one device section: its head, its content, its footer
+        (encode(SectionFull(40, "toy", 0, 1)), b"\x00\x2a", encode(SectionFooter(40)))
+    )
 
     def __init__(self, sizes: dict[str, int], seed: int = 0) -> None:
         random = np.random.default_rng(seed)
@@ -73,7 +83,8 @@ def main() -> int:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(sys.argv[1])
         statistics = migrate(vm, sock).statistics
-    print(f"{statistics.pages} pages after the switchover, {statistics.requested_pages} asked for")
+    sent = statistics.pages + statistics.zero_pages
+    print(f"{sent} pages after the switchover, {statistics.requested_pages} asked for")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,15 +20,11 @@ from typing import IO, Any
 from postcopy_proto.destination import DestinationConnection
 from postcopy_proto.errors import HostUnsupportedError, PostcopyError
 from postcopy_proto.net.demo_source import DemoPlan, plan_line
-from postcopy_proto.net.destination_loop import (
-    DestinationLoop,
-    DestinationStatistics,
-    TransferMode,
-)
-from postcopy_proto.net.guest import die_with_parent
+from postcopy_proto.net.destination_loop import DestinationLoop, DestinationStatistics
 from postcopy_proto.net.target import GuestTarget, compare, every_page
-from postcopy_proto.net.transport import Listener, parse_address
+from postcopy_proto.net.transport import Listener, TransferMode, parse_address
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock
+from postcopy_proto.userfault import syscalls
 from postcopy_proto.userfault.probe import ProbeResult, probe
 from postcopy_proto.userfault.statistics import FaultStatistics
 
@@ -92,7 +89,7 @@ class _Source:
             text=True,
             pass_fds=[fd for _, _, fd in plan.blocks],
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=_die_with_parent,
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -171,6 +168,10 @@ def run_demo(
         target.close()
         for fd in files.values():
             os.close(fd)
+
+
+def _die_with_parent() -> None:
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _memory_file(block: RAMBlock) -> int:

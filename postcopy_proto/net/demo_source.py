@@ -19,14 +19,21 @@ from numpy.typing import NDArray
 from postcopy_proto import messages as m
 from postcopy_proto.dirty import DirtyBitmap
 from postcopy_proto.errors import PostcopyError
-from postcopy_proto.net.destination_loop import TransferMode
 from postcopy_proto.net.source_loop import SourceLoop, SourceStatistics
-from postcopy_proto.net.transport import connect, parse_address
+from postcopy_proto.net.transport import TransferMode, connect, parse_address
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock
 from postcopy_proto.source import SourceConnection
+from postcopy_proto.wire import encode
 
 MACHINE = "postcopy-demo-1"
-DEVICE_STATE = b"the demo's machine has no devices"
+DEVICE_STATE = b"".join(
+    (
+        encode(m.SectionFull(40, "counter", 0, 1)),
+        b"\x00\x00\x00\x2a",
+        encode(m.SectionFooter(40)),
+    )
+)
+"""The demo's machine has one device with one register."""
 PRECOPY_BATCH = 256
 """pages in one precopy section, 1 MiB"""
 

@@ -13,13 +13,20 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
+
+import numpy as np
 
 from postcopy_proto import messages as m
 from postcopy_proto.destination import DestinationConnection
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
-from postcopy_proto.net.transport import Listener, TransportError, tune
+from postcopy_proto.net.transport import (
+    Listener,
+    TransferMode,
+    TransportError,
+    limit_buffer,
+    tune,
+)
 from postcopy_proto.states import ReturnPathState
 
 CLOSE_TIMEOUT = 10.0
@@ -27,21 +34,10 @@ CLOSE_TIMEOUT = 10.0
 bytes unread, could reset the connection and take the SHUT with it."""
 
 
-class TransferMode(Enum):
-    """The one setting for the trade between latency and throughput.
-
-    Its value is the most bytes read from the forward channel before faults are looked at again,
-    which bounds how long a fault or an urgent page waits behind background pages.
-    """
-
-    LATENCY = 64 * 1024
-    THROUGHPUT = 1024 * 1024
-
-
 class Target(Protocol):
     """What a destination's memory does at each step of a migration; see `net.target`."""
 
-    def open(self, connection: DestinationConnection, configuration: m.Configuration) -> None:
+    def open(self, connection: DestinationConnection) -> None:
         """RAM's block list has arrived: `connection.blocks`. No page has."""
 
     def place(self, pages: m.Pages, channel: Channel) -> None:
@@ -81,7 +77,9 @@ class DestinationStatistics:
 
     bytes: int = 0
     pages: int = 0
+    """target pages that came with content"""
     zero_pages: int = 0
+    """target pages that came as zero pages"""
     urgent_pages: int = 0
     """pages that came on the preempt channel"""
     discard_commands: int = 0
@@ -134,13 +132,12 @@ class DestinationLoop:
         self._listener = listener
         self._connection = connection
         self._target = target
-        self._read_size = mode.value
+        self._mode = mode
         self._silence = silence
         self._accept_timeout = accept_timeout
         self._on_progress = on_progress
         self._forward: socket.socket | None = None
         self._preempt: socket.socket | None = None
-        self._configuration: m.Configuration | None = None
         self._out = bytearray()
         self._discarding = False
         self._poll = select.poll()
@@ -168,6 +165,8 @@ class DestinationLoop:
         return self.statistics
 
     def _accept_forward(self) -> None:
+        # Before the connection is made: a TCP window does not shrink afterwards.
+        limit_buffer(self._listener.socket, socket.SO_RCVBUF, self._mode)
         self._forward = self._listener.accept(self._accept_timeout)
         self._forward.setblocking(False)
         self._poll.register(self._forward, select.POLLIN)
@@ -231,7 +230,7 @@ class DestinationLoop:
 
     def _read(self, sock: socket.socket, channel: Channel) -> None:
         try:
-            data = sock.recv(self._read_size)
+            data = sock.recv(self._mode.value)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -260,16 +259,14 @@ class DestinationLoop:
         statistics = self.statistics
         match event:
             case m.Pages():
-                statistics.pages += len(event)
-                statistics.zero_pages += int(event.zero.sum())
+                zeros = int(np.count_nonzero(event.zero))
+                statistics.zero_pages += zeros
+                statistics.pages += len(event) - zeros
                 if channel is Channel.PREEMPT:
                     statistics.urgent_pages += len(event)
                 self._target.place(event, channel)
-            case m.Configuration():
-                self._configuration = event
             case m.RamBlockList():
-                assert self._configuration is not None  # by the state table
-                self._target.open(self._connection, self._configuration)
+                self._target.open(self._connection)
             case m.Ping(value):
                 if self._connection.return_path_state is not ReturnPathState.CLOSED:
                     self._out += self._connection.send(m.Pong(value))

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 
 from postcopy_proto import messages as m
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
-from postcopy_proto.net.destination_loop import TransferMode
-from postcopy_proto.net.transport import TransportError
+from postcopy_proto.net.transport import TransferMode, TransportError, limit_buffer
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE
 from postcopy_proto.source import PageBatch, SourceConnection
 
@@ -32,7 +31,9 @@ class SourceStatistics:
 
     bytes: int = 0
     pages: int = 0
+    """target pages sent with content after the switchover"""
     zero_pages: int = 0
+    """target pages sent as zero pages after the switchover"""
     requested_pages: int = 0
     started_at: float = field(default_factory=time.monotonic)
     package_at: float | None = None
@@ -72,9 +73,7 @@ class SourceLoop:
             self._sockets[Channel.PREEMPT] = preempt
         for sock in self._sockets.values():
             sock.setblocking(False)
-            # Half of the bound on what lies before an urgent page; the kernel doubles it.
-            if mode is TransferMode.LATENCY:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, mode.value // 2)
+            limit_buffer(sock, socket.SO_SNDBUF, mode)
         self._batch_pages = mode.value // TARGET_PAGE_SIZE
         self._silence = silence
         self._bandwidth = bandwidth
@@ -147,6 +146,8 @@ class SourceLoop:
                 return
             self._queue_batch(batch)
             self._flush()
+        if not self._connection.has_requests:
+            self._asked_at.clear()  # what is left was asked for when it was on its way already
 
     def _channel_for_requests_is_free(self) -> bool:
         channel = Channel.PREEMPT if Channel.PREEMPT in self._sockets else Channel.FORWARD
@@ -156,7 +157,7 @@ class SourceLoop:
         self._queue(batch.channel, batch.data)
         self._flush()
         statistics = self.statistics
-        statistics.pages += batch.pages
+        statistics.pages += batch.pages - batch.zero_pages
         statistics.zero_pages += batch.zero_pages
         if batch.urgent:
             statistics.requested_pages += batch.pages

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from postcopy_proto import messages as m
 from postcopy_proto.destination import DestinationConnection
 from postcopy_proto.errors import Channel, PostcopyError
-from postcopy_proto.net.guest import GuestProcess, TouchResult
+from postcopy_proto.net.guest import GuestProcess, Touch
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock
 from postcopy_proto.savefile.writer import SaveFileSink
 from postcopy_proto.userfault.backend import Backend
@@ -25,8 +24,11 @@ from postcopy_proto.userfault.statistics import FaultStatistics
 
 COMPARE_BYTES = 1 << 20
 
-TouchPlan = Callable[[DestinationConnection], Sequence[tuple[str, NDArray[np.intp]]]]
-"""Which pages a guest touches once it runs: (idstr, target page numbers), in order."""
+TOUCH_SECONDS = 30.0
+"""How long the guest's last touches may take once every page has arrived."""
+
+TouchPlan = Callable[[GuestProcess, DestinationConnection], Touch | None]
+"""Starts what a guest does once it runs."""
 
 
 class VerificationError(PostcopyError):
@@ -39,15 +41,15 @@ class GuestTarget:
     The process and its memory live from `open` to `close`, which has to be called on every path.
     """
 
-    def __init__(self, touch: TouchPlan, *, user_mode_only: bool | None = None) -> None:
-        self._touch = touch
+    def __init__(self, plan: TouchPlan, *, user_mode_only: bool | None = None) -> None:
+        self._plan = plan
         self._user_mode_only = user_mode_only
         self._guest: GuestProcess | None = None
         self._backend: Backend | None = None
         self._connection: DestinationConnection | None = None
         self._listening = False
-        self._touching = False
-        self.touched: TouchResult | None = None
+        self.touch: Touch | None = None
+        """what the guest was told to touch, once it runs"""
 
     @property
     def guest(self) -> GuestProcess:
@@ -66,7 +68,7 @@ class GuestTarget:
         """Faults, latencies, placements."""
         return self.backend.stats
 
-    def open(self, connection: DestinationConnection, configuration: m.Configuration) -> None:
+    def open(self, connection: DestinationConnection) -> None:
         """Start the process with this RAM, and make it truly empty."""
         self._connection = connection
         blocks = list(connection.blocks.values())
@@ -94,8 +96,7 @@ class GuestTarget:
     def run(self) -> None:
         """Let the process touch its memory."""
         assert self._connection is not None
-        self.guest.touch(self._touch(self._connection))
-        self._touching = True
+        self.touch = self._plan(self.guest, self._connection)
 
     def device_state(self, data: bytes) -> None:
         """A process that only touches memory has no devices."""
@@ -111,14 +112,14 @@ class GuestTarget:
     def tick(self) -> None:
         """Notice a process that died."""
         if self._guest is not None:
-            self._guest.check_alive()
+            self._guest.receive()
 
     def finish(self) -> None:
-        """Wait until the process has touched all it was to touch; unregister its memory."""
-        if self._touching:
-            self.touched = self.guest.wait_touched(self.backend)
-        if self._backend is not None:
-            self._backend.cleanup()
+        """Unregister the memory, which wakes whoever still waits, and let the touches end."""
+        self.backend.cleanup()
+        self._listening = False
+        if self.touch is not None:
+            self.touch.wait(TOUCH_SECONDS)
 
     def close(self) -> None:
         """End the process; nothing of it remains."""
@@ -133,8 +134,8 @@ class FileTarget:
         self._path = path
         self._guest = guest
         self._sink: SaveFileSink | None = None
+        self._blocks: list[RAMBlock] = []
         self._device_state = b""
-        self.machine: str | None = None
 
     @property
     def sink(self) -> SaveFileSink:
@@ -142,16 +143,21 @@ class FileTarget:
         assert self._sink is not None
         return self._sink
 
-    def open(self, connection: DestinationConnection, configuration: m.Configuration) -> None:
+    def open(self, connection: DestinationConnection) -> None:
         """Begin the file: header, configuration and block list."""
-        self.machine = configuration.machine
+        assert connection.configuration is not None  # by the state table
+        assert connection.ram_section_id is not None
+        self._blocks = list(connection.blocks.values())
         # Host page sizes stay out: the file is loaded as precopy, where the list has no such field.
-        entries = [
-            m.RamBlockEntry(block.idstr, block.used_length) for block in connection.blocks.values()
-        ]
-        self._sink = SaveFileSink(self._path, configuration, m.RamBlockList(tuple(entries)))
+        entries = (m.RamBlockEntry(block.idstr, block.used_length) for block in self._blocks)
+        self._sink = SaveFileSink(
+            self._path,
+            connection.configuration,
+            m.RamBlockList(tuple(entries)),
+            section_id=connection.ram_section_id,
+        )
         if self._guest is not None:
-            self._guest.open(connection, configuration)
+            self._guest.open(connection)
 
     def place(self, pages: m.Pages, channel: Channel) -> None:
         """Into the file first: a guest that wakes may not be ahead of it."""
@@ -201,8 +207,8 @@ class FileTarget:
         """Compare the guest's memory with the file, then give the file its final name."""
         if self._guest is not None:
             self._guest.finish()
-            if self._guest.touched is not None:
-                compare(self._guest.guest, self.sink.blocks, self.sink.read)
+            if self._guest.touch is not None:
+                compare(self._guest.guest, self._blocks, self.sink.read)
         self.sink.finish(self._device_state)
 
     def close(self) -> None:
@@ -245,12 +251,9 @@ def compare(
 
 
 def random_missing_pages(count: int, seed: int | None = None) -> TouchPlan:
-    """A plan of `count` target pages, at random out of those that have not arrived by then.
+    """A plan of `count` target pages, at random out of those that have not arrived by then."""
 
-    The order is random within each block, and the blocks' order is random as well.
-    """
-
-    def plan(connection: DestinationConnection) -> list[tuple[str, NDArray[np.intp]]]:
+    def plan(guest: GuestProcess, connection: DestinationConnection) -> Touch | None:
         random = np.random.default_rng(seed)
         missing = {
             name: np.flatnonzero(~np.frombuffer(bitmap.bits.unpack(), np.bool_))
@@ -258,26 +261,15 @@ def random_missing_pages(count: int, seed: int | None = None) -> TouchPlan:
         }
         total = sum(map(len, missing.values()))
         chosen = random.choice(total, min(count, total), replace=False)
-        plans = []
+        offsets = {}
         for name, pages in missing.items():
-            plans.append((name, pages[chosen[chosen < len(pages)]]))
+            offsets[name] = pages[chosen[chosen < len(pages)]] * TARGET_PAGE_SIZE
             chosen = chosen[chosen >= len(pages)] - len(pages)
-        random.shuffle(plans)
-        return plans
+        return guest.touch(offsets) if total else None
 
     return plan
 
 
 def every_page(order: str, seed: int) -> TouchPlan:
     """A plan of all pages of all blocks, `random` or `sequential`."""
-
-    def plan(connection: DestinationConnection) -> list[tuple[str, NDArray[np.intp]]]:
-        random = np.random.default_rng(seed)
-        return [
-            (name, random.permutation(count) if order == "random" else np.arange(count))
-            for name, count in (
-                (name, block.page_count()) for name, block in connection.blocks.items()
-            )
-        ]
-
-    return plan
+    return lambda guest, _: guest.touch(order=order, seed=seed)

