@@ -37,6 +37,7 @@ from postcopy_proto.userfault.descriptor import (
     AlreadyPresentError,
     AnyEvent,
     ForkEvent,
+    OwnerGoneError,
     PageFault,
     RemapEvent,
     RemoveEvent,
@@ -338,7 +339,10 @@ class Backend:
         def check(offset: int, length: int) -> None:
             if threading.get_ident() != self._serving_thread or self._uffd is None:
                 return
-            if missing := block.missing(offset, length):
+            missing = block.missing(offset, length)
+            if not missing:
+                self._populate(block, offset, length)
+            else:
                 raise UserfaultError(
                     "read",
                     errno.EDEADLK,
@@ -349,6 +353,12 @@ class Backend:
                 )
 
         return check
+
+    def _populate(self, block: GuestBlock, offset: int, length: int) -> None:
+        """Makes received pages present: a zero page of precopy may still be empty memory."""
+        host = block.host_page_size
+        for page in range(offset & -host, offset + length, host):
+            self._answer_received(block, page)
 
     # ---- placing
 
@@ -408,14 +418,18 @@ class Backend:
     def _unregister(self, uffd: Userfaultfd) -> None:
         for block in self._blocks:
             block.region.before_read = None
-            if self._huge_pages:
-                self._owner.advise_huge_pages(block.region, True)
             if trace.isEnabledFor(logging.DEBUG):
                 trace.debug(
                     "postcopy_cleanup_range %s: %#x offset=%#x length=%#x",
                     *(block.idstr, block.address, 0, block.length),
                 )
-            uffd.unregister(block.address, block.length)
+            try:
+                uffd.unregister(block.address, block.length)
+            except OwnerGoneError:
+                log.warning("the guest's process has ended; nothing is left to unregister")
+                return
+            if self._huge_pages:
+                self._owner.advise_huge_pages(block.region, True)
         self._owner.flush()
 
     # ---- small things
