@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
-from bitarray import bitarray
-from numpy.typing import NDArray
 
 from postcopy_proto import messages as m
 from postcopy_proto.dirty import DirtyBitmap
@@ -24,7 +22,7 @@ from postcopy_proto.errors import (
     LocalProtocolError,
     RemoteProtocolError,
 )
-from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock
+from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock, set_bits, test_bits
 from postcopy_proto.states import (
     FORWARD,
     PLACED_ONCE,
@@ -312,30 +310,19 @@ class DestinationConnection:
                 message=pages.NAME,
             )
         bits = self.received[pages.block].bits
-        numbers = pages.offsets // np.uint64(self._target_page_size)
-        first, count = int(numbers[0]), len(numbers)
-        contiguous = int(numbers[-1]) - first == count - 1 and bool(
-            (np.diff(numbers.astype(np.int64)) == 1).all()
-        )
+        numbers = (pages.offsets // np.uint64(self._target_page_size)).astype(np.intp)
         if self.state in PLACED_ONCE:
-            fresh = _unset(bits, numbers, contiguous)
-            if fresh is not None:
-                self.duplicates += count - int(np.count_nonzero(fresh))
-                if not fresh.any():
-                    return None
+            fresh = ~test_bits(bits, numbers)
+            count = int(np.count_nonzero(fresh))
+            self.duplicates += len(pages) - count
+            if count == 0:
+                return None
+            if count < len(pages):
+                numbers = numbers[fresh]
                 pages = replace(
                     pages, offsets=pages.offsets[fresh], positions=pages.positions[fresh]
                 )
-                numbers, contiguous = numbers[fresh], False
-        if contiguous:
-            bits[first : first + count] = True
-        else:
-            view = np.frombuffer(bits, np.uint8)
-            np.bitwise_or.at(
-                view,
-                (numbers >> np.uint64(3)).astype(np.intp),
-                np.left_shift(1, (numbers & np.uint64(7))).astype(np.uint8),
-            )
+        set_bits(bits, numbers)
         return pages
 
     # ---- return path
@@ -426,19 +413,3 @@ def _inflate(page: m.CompressedPage, page_size: int) -> m.Pages:
         page_size,
         page.named,
     )
-
-
-def _unset(
-    bits: bitarray, numbers: NDArray[np.uint64], contiguous: bool
-) -> NDArray[np.bool_] | None:
-    """Which of the pages are not set yet; None when none of them is."""
-    if contiguous:
-        first, end = int(numbers[0]), int(numbers[-1]) + 1
-        if bits.find(1, first, end) < 0:
-            return None
-    view = np.frombuffer(bits, np.uint8)
-    byte = view[(numbers >> np.uint64(3)).astype(np.intp)]
-    taken = (byte >> (numbers & np.uint64(7)).astype(np.uint8)) & 1
-    if not taken.any():
-        return None
-    return taken == 0

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+from bitarray import bitarray
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -61,6 +62,22 @@ class ByteRange(NamedTuple):
     def end(self) -> int:
         """The first byte after the range."""
         return self.start + self.length
+
+
+def test_bits(bits: bitarray, numbers: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """Which of the bits with these numbers are set; `bits` in little-endian bit order."""
+    in_bytes = np.frombuffer(bits, np.uint8)
+    return (in_bytes[numbers >> 3] >> (numbers & 7).astype(np.uint8)) & 1 != 0
+
+
+def set_bits(bits: bitarray, numbers: NDArray[np.integer[Any]]) -> None:
+    """Set the bits with these numbers, in any order; `bits` in little-endian bit order."""
+    first, count = int(numbers[0]), len(numbers)
+    if int(numbers[-1]) - first == count - 1 and (np.diff(numbers) == 1).all():
+        bits[first : first + count] = True
+        return
+    masks = np.left_shift(1, numbers & 7).astype(np.uint8)
+    np.bitwise_or.at(np.frombuffer(bits, np.uint8), numbers >> 3, masks)
 
 
 @dataclass(frozen=True, slots=True)

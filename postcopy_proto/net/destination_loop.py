@@ -33,6 +33,9 @@ CLOSE_TIMEOUT = 10.0
 """Seconds that a source gets to close after our SHUT before we close on it. Closing first, with
 bytes unread, could reset the connection and take the SHUT with it."""
 
+TICK_SECONDS = 0.1
+"""How often progress is shown, and a silent source or a dead guest is noticed."""
+
 
 class Target(Protocol):
     """What a destination's memory does at each step of a migration; see `net.target`."""
@@ -65,7 +68,7 @@ class Target(Protocol):
         """(idstr, byte offset) of every host page that somebody waits for."""
 
     def tick(self) -> None:
-        """Called each time round the loop."""
+        """Called a few times a second."""
 
     def finish(self) -> None:
         """The stream has ended and every page has arrived."""
@@ -143,6 +146,7 @@ class DestinationLoop:
         self._poll = select.poll()
         self._faults_fd: int | None = None
         self._last_heard = 0.0
+        self._ticked = 0.0
         self.statistics = DestinationStatistics()
 
     def run(self) -> DestinationStatistics:
@@ -181,8 +185,7 @@ class DestinationLoop:
 
     def _turn(self) -> None:
         """Once round: wait, then faults, urgent pages, background, in this order."""
-        ready = dict(self._poll.poll(self._poll_milliseconds()))
-        self._target.tick()
+        ready = dict(self._poll.poll(TICK_SECONDS * 1000))
         if self._faults_fd is not None and self._faults_fd in ready:
             self._serve_faults()
         if self._listener.fileno() in ready:
@@ -195,14 +198,17 @@ class DestinationLoop:
             self._flush()
         if happened & ~select.POLLOUT and not self._connection.ended:
             self._read(self._forward, Channel.FORWARD)
-        if not ready:
-            self._check_silence()
+        now = time.monotonic()
+        if not ready or now - self._ticked >= TICK_SECONDS:
+            self._ticked = now
+            self._tick()
+
+    def _tick(self) -> None:
+        """What is looked at now and then only."""
+        self._target.tick()
+        self._check_silence()
         if self._on_progress is not None:
             self._on_progress(self.statistics)
-
-    def _poll_milliseconds(self) -> int:
-        # Short enough for a progress display and for noticing what `tick` looks at.
-        return 200
 
     def _check_silence(self) -> None:
         quiet = time.monotonic() - self._last_heard
@@ -229,8 +235,11 @@ class DestinationLoop:
     # ---- bytes in
 
     def _read(self, sock: socket.socket, channel: Channel) -> None:
+        # Before LISTEN nobody waits for anything.
+        urgent = self.statistics.listen_at is not None
+        mode = self._mode if urgent else TransferMode.THROUGHPUT
         try:
-            data = sock.recv(self._mode.value)
+            data = sock.recv(mode.value)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
 from postcopy_proto.messages import Pages
+from postcopy_proto.ramblock import set_bits, test_bits
 from postcopy_proto.userfault.blocks import GuestBlock, GuestBlocks
 from postcopy_proto.userfault.descriptor import (
     AgainError,
@@ -77,19 +78,27 @@ class Placer:
 
     def write(self, block: GuestBlock, pages: Pages) -> None:
         """Precopy. Zero pages are written only where something else was."""
-        size = self._page_size
+        offsets = pages.offsets.astype(np.intp)
+        # Within a part no page comes twice, so that the order of its writes does not matter.
+        breaks = np.flatnonzero(np.diff(offsets) <= 0) + 1
         base = _address_of(pages)
-        for first, count in _runs(pages):
-            offset = int(pages.offsets[first])
-            page = offset // size
-            positions = pages.positions[first : first + count]
-            if positions[0] >= 0:
-                sources: NDArray[np.uint64] = (positions + base).astype(np.uint64)
-                block.region.write(offset, sources, size)
-            elif block.received[page : page + count].any():
-                zeros = np.full(count, self._zeros.address, np.uint64)
-                block.region.write(offset, zeros, size)
-            block.received[page : page + count] = True
+        for part in np.split(np.arange(len(offsets)), breaks):
+            self._write_ascending(block, offsets[part], pages.positions[part], base)
+
+    def _write_ascending(
+        self,
+        block: GuestBlock,
+        offsets: NDArray[np.intp],
+        positions: NDArray[np.int64],
+        base: int,
+    ) -> None:
+        numbers = offsets // self._page_size
+        content = positions >= 0
+        written = content | test_bits(block.received, numbers)
+        sources = np.where(content, positions + base, self._zeros.address)[written]
+        if len(sources):
+            block.region.write(offsets[written], sources, self._page_size)
+        set_bits(block.received, numbers)
 
     def place(self, uffd: Userfaultfd, block: GuestBlock, pages: Pages, channel: Channel) -> None:
         """Postcopy."""

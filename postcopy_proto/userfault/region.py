@@ -176,19 +176,19 @@ class Region:
         _transfer(syscalls.process_vm_readv, self.owner.pid, local, remote)
         return bytes(result)
 
-    def write(self, offset: int, sources: NDArray[np.uint64], size: int) -> None:
-        """Writes pieces of `size` bytes at addresses `sources`, shape (n,), one after another.
+    def write(self, offsets: NDArray[np.intp], sources: NDArray[np.int64], size: int) -> None:
+        """Writes pieces of `size` bytes at addresses `sources` to `offsets`, both of shape (n,).
 
-        To `offset` and up, over whatever is there; for memory that is not registered, or is
-        present: nothing is woken, and a missing registered page would be waited for here.
+        Over whatever is there; for memory that is not registered, or is present: nothing is
+        woken, and a missing registered page would be waited for here.
         """
         for first in range(0, len(sources), syscalls.IOV_MAX):
-            part = sources[first : first + syscalls.IOV_MAX]
-            local = np.empty((len(part), 2), np.uint64)
-            local[:, 0] = part
-            local[:, 1] = size
-            start = self.address + offset + first * size
-            remote = np.array([[start, len(part) * size]], np.uint64)
+            part = slice(first, first + syscalls.IOV_MAX)
+            local = np.empty((len(sources[part]), 2), np.uint64)
+            remote = np.empty_like(local)
+            local[:, 0] = sources[part]
+            remote[:, 0] = self.address + offsets[part]
+            local[:, 1] = remote[:, 1] = size
             _transfer(syscalls.process_vm_writev, self.owner.pid, local, remote)
 
     def close(self) -> None:
