@@ -136,6 +136,7 @@ class FileTarget:
         self._sink: SaveFileSink | None = None
         self._blocks: list[RAMBlock] = []
         self._device_state = b""
+        self._finished = False
 
     @property
     def sink(self) -> SaveFileSink:
@@ -210,12 +211,13 @@ class FileTarget:
             if self._guest.touch is not None:
                 compare(self._guest.guest, self._blocks, self.sink.read)
         self.sink.finish(self._device_state)
+        self._finished = True
 
     def close(self) -> None:
         """End the guest; remove the file if it was not finished."""
         if self._guest is not None:
             self._guest.close()
-        if self._sink is not None:
+        if self._sink is not None and not self._finished:
             self._sink.abort()
 
 

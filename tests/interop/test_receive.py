@@ -21,7 +21,7 @@ def postcopy(source: Qemu, address: str, *, precopy_first: bool = False) -> None
     """What the operator does at the source: postcopy from the first page, or after one pass."""
     source.capabilities(postcopy_ram=True)
     # Slow, and with little downtime allowed, so that the source does not finish as precopy.
-    source.parameters(max_bandwidth=(1 << 30) if precopy_first else 100_000, downtime_limit=1)
+    source.parameters(max_bandwidth=30_000_000 if precopy_first else 100_000, downtime_limit=1)
     source.migrate(address)
     if precopy_first:
         deadline = time.monotonic() + 20
