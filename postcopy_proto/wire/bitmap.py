@@ -36,3 +36,8 @@ def encode_bitmap(message: ReceivedBitmap) -> bytes:
         )
     encoded: bytes = BITMAP_SCHEMA.build({"size": size, "bitmap": bytes(message.bitmap)})
     return encoded
+
+
+def bitmap_size(page_count: int) -> int:
+    """Bytes of the bitmap of a block of `page_count` target pages: a bit each, in whole units."""
+    return -(-page_count // (8 * UNIT)) * UNIT
