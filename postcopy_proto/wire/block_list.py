@@ -55,6 +55,7 @@ def encode_block_list(message: RamBlockList, target_page_size: int = TARGET_PAGE
     That is: a total that leaves no room for the flag, an empty block, a name twice, a page size
     that is no power of two above the base page, a gpa for some blocks only.
     """
+    entries = b"".join(_encode_entry(entry, target_page_size) for entry in message.blocks)
     total = message.total
     if total % target_page_size or total >> 64:
         raise ValueError(
@@ -64,14 +65,15 @@ def encode_block_list(message: RamBlockList, target_page_size: int = TARGET_PAGE
         raise ValueError(f"{message.NAME}: a block is listed twice")
     if len({entry.gpa is None for entry in message.blocks}) > 1:
         raise ValueError(f"{message.NAME}: some blocks have a gpa and some have none")
-    entries = (_encode_entry(entry, target_page_size) for entry in message.blocks)
-    return (total | MEM_SIZE).to_bytes(WORD_SIZE, "big") + b"".join(entries)
+    return (total | MEM_SIZE).to_bytes(WORD_SIZE, "big") + entries
 
 
 def _encode_entry(entry: RamBlockEntry, base: int) -> bytes:
     size, gpa = entry.page_size, entry.gpa
-    if entry.used_length <= 0:
-        raise ValueError(f"RAMBlock {entry.idstr}: used_length {entry.used_length}; at least 1")
+    if not 0 < entry.used_length < 1 << 64:
+        raise ValueError(
+            f"RAMBlock {entry.idstr}: used_length {entry.used_length}; 1 to 2^64 - 1 fits"
+        )
     if size is not None and not (is_power_of_two(size) and base < size < 1 << 56):
         raise ValueError(
             f"RAMBlock {entry.idstr}: page_size {size}; a power of two above {base}, below 2^56"

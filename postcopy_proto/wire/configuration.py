@@ -25,8 +25,18 @@ subsections in any order; it writes them in this one, and only that is accepted 
 
 from __future__ import annotations
 
-from construct import Bytes, Const, GreedyBytes, Int8ub, Int32ub, Optional, PrefixedArray, Struct
-from construct import Prefixed as _Prefixed
+from construct import (
+    Bytes,
+    Const,
+    Construct,
+    GreedyBytes,
+    Int8ub,
+    Int32ub,
+    Prefixed,
+    PrefixedArray,
+    Struct,
+    Terminated,
+)
 
 from postcopy_proto.errors import ErrorKind, RemoteProtocolError
 from postcopy_proto.messages import Configuration
@@ -39,12 +49,13 @@ SUBSECTION_VERSION = 1
 UUID_SIZE = 16
 
 
-def _subsection(name: bytes, body: Struct) -> Struct:
+def _subsection(name: bytes, body: Construct) -> Construct:
     return Struct(
         "type" / Const(QemuVm.SUBSECTION, Int8ub),
-        "name" / Const(name, _Prefixed(Int8ub, GreedyBytes)),
+        "name" / Const(name, Prefixed(Int8ub, GreedyBytes)),
         "version_id" / Const(SUBSECTION_VERSION, Int32ub),
         "body" / body,
+        Terminated,
     )
 
 
@@ -59,13 +70,8 @@ SUBSECTIONS = {
 }
 """The schemas, in the order in which QEMU declares and writes them."""
 
-CONFIGURATION = item(
-    QemuVm.CONFIGURATION,
-    "name" / _Prefixed(Int32ub, GreedyBytes),
-    "target_page_bits" / Optional(SUBSECTIONS[TARGET_PAGE_BITS]),
-    "capabilities" / Optional(SUBSECTIONS[CAPABILITIES]),
-    "uuid" / Optional(SUBSECTIONS[UUID]),
-)
+CONFIGURATION = item(QemuVm.CONFIGURATION, "name" / Prefixed(Int32ub, GreedyBytes), Terminated)
+"""The record without its subsections."""
 
 _NAME_AT = 5  # bytes before the machine's name
 _LONGEST_SUBSECTION_NAME = max(len(name) for name in SUBSECTIONS)
@@ -78,15 +84,13 @@ def encode_configuration(message: Configuration) -> bytes:
         raise ValueError(f"{message.NAME}: target_page_bits is {bits}; 0 to 0xffffffff fits")
     if uuid is not None and len(uuid) != UUID_SIZE:
         raise ValueError(f"{message.NAME}: uuid of {len(uuid)} bytes; {UUID_SIZE} are needed")
-    capabilities = message.capabilities
     encoded: bytes = CONFIGURATION.build(
-        {
-            "name": message.machine.encode("utf-8", "surrogateescape"),
-            "target_page_bits": None if bits is None else {"body": bits},
-            "capabilities": None if capabilities is None else {"body": list(capabilities)},
-            "uuid": None if uuid is None else {"body": uuid},
-        }
+        {"name": message.machine.encode("utf-8", "surrogateescape")}
     )
+    bodies = (bits, message.capabilities, uuid)
+    for schema, body in zip(SUBSECTIONS.values(), bodies, strict=True):
+        if body is not None:
+            encoded += schema.build({"body": body})
     return encoded
 
 
@@ -106,13 +110,22 @@ def read_configuration(buffer: ReceiveBuffer, limits: Limits) -> Configuration:
         raise _over_limit(f"machine name of {length} bytes; the limit is {limits.idstr}")
     size = _NAME_AT + length
     remaining = list(SUBSECTIONS)
+    extents = {}
     while not buffer.ends_after(size) and buffer.peek(size + 1)[size] == QemuVm.SUBSECTION:
         name = _subsection_name(buffer, size, remaining)
         del remaining[: remaining.index(name) + 1]
-        size += _subsection_size(buffer, size, name, limits)
-    message = _decode(buffer.peek(size))
+        extents[name] = slice(size, size + _subsection_size(buffer, size, name, limits))
+        size = extents[name].stop
+    record = buffer.peek(size)
+    machine: bytes = CONFIGURATION.parse(record[: _NAME_AT + length]).name
+    bodies = {name: SUBSECTIONS[name].parse(record[at]).body for name, at in extents.items()}
     buffer.skip(size)
-    return message
+    return Configuration(
+        machine=machine.decode("utf-8", "surrogateescape"),
+        target_page_bits=bodies.get(TARGET_PAGE_BITS),
+        capabilities=tuple(bodies[CAPABILITIES]) if CAPABILITIES in bodies else None,
+        uuid=bodies.get(UUID),
+    )
 
 
 def _subsection_name(buffer: ReceiveBuffer, start: int, expected: list[bytes]) -> bytes:
@@ -146,17 +159,6 @@ def _subsection_size(buffer: ReceiveBuffer, start: int, name: bytes, limits: Lim
     for _ in range(number):
         size += 1 + buffer.peek(start + size + 1)[start + size]
     return size
-
-
-def _decode(data: memoryview) -> Configuration:
-    parsed = CONFIGURATION.parse(data)
-    bits, capabilities, uuid = parsed.target_page_bits, parsed.capabilities, parsed.uuid
-    return Configuration(
-        machine=parsed.name.decode("utf-8", "surrogateescape"),
-        target_page_bits=None if bits is None else bits.body,
-        capabilities=None if capabilities is None else tuple(capabilities.body),
-        uuid=None if uuid is None else uuid.body,
-    )
 
 
 def _over_limit(reason: str) -> RemoteProtocolError:

@@ -30,6 +30,7 @@ class Decoder:
         self._ready: deque[tuple[int, Message]] = deque()  # events read ahead, with their offsets
         self._error: RemoteProtocolError | None = None
         self._end: EndOfStream | None = None
+        self._start = 0  # where the event being read began; a reader that resumes one says so
         self._event_offset = 0
 
     @property
@@ -64,9 +65,9 @@ class Decoder:
         buffer = self._buffer
         if buffer.missing and not buffer.eof:
             return NEED_DATA
-        self._event_offset = buffer.offset
+        self._start = buffer.offset
         try:
-            return self._read()
+            event = self._read()
         except NeedMoreError:
             return self._stopped() if buffer.eof else NEED_DATA
         except RemoteProtocolError as error:
@@ -75,6 +76,8 @@ class Decoder:
                 error.offset = buffer.offset
             self._error = error
             raise
+        self._event_offset = self._start
+        return event
 
     def __iter__(self) -> Iterator[Message]:
         """The events up to NEED_DATA or, included, EndOfStream."""

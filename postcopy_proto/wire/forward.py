@@ -19,8 +19,10 @@ from postcopy_proto.messages import (
     Message,
     Packaged,
     PostcopyAdvise,
+    PostcopyRamDiscard,
     RamBlockList,
     RamEos,
+    RecvBitmap,
     SectionEnd,
     SectionFooter,
     SectionPart,
@@ -28,7 +30,7 @@ from postcopy_proto.messages import (
     StreamHeader,
     VmDescription,
 )
-from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock, is_power_of_two
+from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock, encode_idstr, is_power_of_two
 from postcopy_proto.wire import stream
 from postcopy_proto.wire.block_list import BlockListReader
 from postcopy_proto.wire.commands import (
@@ -129,11 +131,18 @@ class ForwardDecoder(Decoder):
     def _read_configuration(self) -> Configuration:
         message = read_configuration(self._buffer, self._limits)
         self._capabilities = message.capabilities or ()
+        self._check_configuration(message)
+        self._expect_item()
+        return message
+
+    def _check_configuration(self, message: Configuration) -> None:
+        start = self._start
         if CAPABILITY_MAPPED_RAM in self._capabilities:
             raise RemoteProtocolError(
                 "capability mapped-ram is on: its pages stand at fixed places of a file; "
                 "read it as a file, not as a stream",
                 kind=ErrorKind.UNSUPPORTED,
+                offset=start,
                 message=message.NAME,
             )
         bits = message.target_page_bits
@@ -141,10 +150,9 @@ class ForwardDecoder(Decoder):
             raise RemoteProtocolError(
                 f"target pages of 2^{bits} bytes; {self._target_page_size} is expected",
                 kind=ErrorKind.MISMATCH,
+                offset=start,
                 message=message.NAME,
             )
-        self._expect_item()
-        return message
 
     # ---- items
 
@@ -176,6 +184,8 @@ class ForwardDecoder(Decoder):
         )
         if isinstance(message, PostcopyAdvise):
             self._check_advise(message)
+        elif isinstance(message, (RecvBitmap, PostcopyRamDiscard)):
+            checked_idstr(encode_idstr(message.block), self._limits.idstr)
         buffer.skip(size)
         return message
 
@@ -256,7 +266,7 @@ class ForwardDecoder(Decoder):
             )
             self._block_list_offset = self._buffer.offset
         message = self._block_list.read()
-        self._event_offset = self._block_list_offset
+        self._start = self._block_list_offset
         self._blocks = self._block_list.blocks()
         self._ram.blocks = self._blocks
         self._expect(self._read_ram, "a section of RAM")
@@ -340,7 +350,7 @@ class ForwardDecoder(Decoder):
         """Hand out the first part now, the others next; nothing may follow them."""
         self._expect(self._read_nothing, "")
         self._ready.extend((self._devices_offset + at, message) for at, message in parts[1:])
-        self._event_offset = self._devices_offset
+        self._start = self._devices_offset
         return parts[0][1]
 
     # ---- the end
