@@ -1,1 +1,166 @@
-"""The QEMU postcopy migration protocol: both ends of the wire, on the real kernel."""
+"""The QEMU postcopy migration protocol: both ends of the wire, on the real kernel.
+
+The public names, in the order of the protocol. Those of the Linux side (`Userfaultfd`, `Region`,
+`probe`) are looked up when they are first asked for, so that the sans-I/O core imports anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from postcopy_proto.destination import DestinationConnection
+from postcopy_proto.dirty import DirtyBitmap, DiscardEncoder, encode_discards, iter_discards
+from postcopy_proto.errors import (
+    Channel,
+    ErrorKind,
+    HostUnsupportedError,
+    LocalProtocolError,
+    PostcopyError,
+    ProtocolError,
+    RemoteProtocolError,
+    UserfaultError,
+)
+from postcopy_proto.messages import (
+    NEED_DATA,
+    CompressedPage,
+    Configuration,
+    DeviceState,
+    EnableColo,
+    EndOfStream,
+    Eof,
+    Message,
+    MultifdFlush,
+    NeedData,
+    OpenReturnPath,
+    Packaged,
+    Pages,
+    Ping,
+    Pong,
+    PostcopyAdvise,
+    PostcopyListen,
+    PostcopyRamDiscard,
+    PostcopyResume,
+    PostcopyRun,
+    RamBlockEntry,
+    RamBlockList,
+    RamEos,
+    ReceivedBitmap,
+    RecvBitmap,
+    ReqPages,
+    ReqPagesId,
+    ResumeAck,
+    SectionEnd,
+    SectionFooter,
+    SectionFull,
+    SectionPart,
+    SectionStart,
+    Shut,
+    StreamHeader,
+    SwitchoverAck,
+    SwitchoverStart,
+    UnknownCommand,
+    UnknownReturnPathMessage,
+    VmDescription,
+    XbzrlePage,
+)
+from postcopy_proto.ramblock import ByteRange, PageSink, PageStore, RAMBlock
+from postcopy_proto.source import BackgroundOrder, PageBatch, SourceConnection
+from postcopy_proto.states import ForwardState, ReturnPathState
+from postcopy_proto.wire import (
+    ForwardDecoder,
+    Limits,
+    PreemptDecoder,
+    ReturnPathDecoder,
+    encode,
+    parse_package,
+)
+
+if TYPE_CHECKING:
+    from postcopy_proto.userfault import Backend, Region, Userfaultfd, probe
+
+_LINUX = frozenset({"Backend", "Region", "Userfaultfd", "probe"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LINUX:
+        from postcopy_proto import userfault
+
+        return getattr(userfault, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "NEED_DATA",
+    "BackgroundOrder",
+    "Backend",
+    "ByteRange",
+    "Channel",
+    "CompressedPage",
+    "Configuration",
+    "DestinationConnection",
+    "DeviceState",
+    "DirtyBitmap",
+    "DiscardEncoder",
+    "EnableColo",
+    "EndOfStream",
+    "Eof",
+    "ErrorKind",
+    "ForwardDecoder",
+    "ForwardState",
+    "HostUnsupportedError",
+    "Limits",
+    "LocalProtocolError",
+    "Message",
+    "MultifdFlush",
+    "NeedData",
+    "OpenReturnPath",
+    "Packaged",
+    "PageBatch",
+    "PageSink",
+    "PageStore",
+    "Pages",
+    "Ping",
+    "Pong",
+    "PostcopyAdvise",
+    "PostcopyError",
+    "PostcopyListen",
+    "PostcopyRamDiscard",
+    "PostcopyResume",
+    "PostcopyRun",
+    "PreemptDecoder",
+    "ProtocolError",
+    "RAMBlock",
+    "RamBlockEntry",
+    "RamBlockList",
+    "RamEos",
+    "ReceivedBitmap",
+    "RecvBitmap",
+    "Region",
+    "RemoteProtocolError",
+    "ReqPages",
+    "ReqPagesId",
+    "ResumeAck",
+    "ReturnPathDecoder",
+    "ReturnPathState",
+    "SectionEnd",
+    "SectionFooter",
+    "SectionFull",
+    "SectionPart",
+    "SectionStart",
+    "Shut",
+    "SourceConnection",
+    "StreamHeader",
+    "SwitchoverAck",
+    "SwitchoverStart",
+    "UnknownCommand",
+    "UnknownReturnPathMessage",
+    "UserfaultError",
+    "Userfaultfd",
+    "VmDescription",
+    "XbzrlePage",
+    "encode",
+    "encode_discards",
+    "iter_discards",
+    "parse_package",
+    "probe",
+]
