@@ -38,6 +38,10 @@ try:
 except ImportError:  # an extra
     zstandard = None  # type: ignore[assignment]
 
+_DAMAGED: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, zlib.error)
+if zstandard is not None:
+    _DAMAGED += (zstandard.ZstdError,)
+
 MAGIC = b"LibvirtQemudSave"
 PARTIAL_MAGIC = b"LibvirtQemudPart"
 FORMATS = ("raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse")
@@ -129,7 +133,7 @@ def _decompress(
                 while chunk := source.read(_CHUNK):
                     target.write(chunk)
                     progress("decompressing", compressed.tell(), file.size)
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        except _DAMAGED as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the disk, not of the data
             raise broken(
