@@ -6,6 +6,7 @@ The public names, in the order of the protocol. Those of the Linux side (`Userfa
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from postcopy_proto.destination import DestinationConnection
@@ -76,16 +77,22 @@ from postcopy_proto.wire import (
 )
 
 if TYPE_CHECKING:
-    from postcopy_proto.userfault import Backend, Region, Userfaultfd, probe
+    from postcopy_proto.userfault.backend import Backend
+    from postcopy_proto.userfault.descriptor import Userfaultfd
+    from postcopy_proto.userfault.probe import probe
+    from postcopy_proto.userfault.region import Region
 
-_LINUX = frozenset({"Backend", "Region", "Userfaultfd", "probe"})
+_LINUX = {
+    "Backend": "backend",
+    "Region": "region",
+    "Userfaultfd": "descriptor",
+    "probe": "probe",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LINUX:
-        from postcopy_proto import userfault
-
-        return getattr(userfault, name)
+        return getattr(import_module(f"postcopy_proto.userfault.{_LINUX[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
