@@ -102,8 +102,10 @@ class Backend:
     def incoming_init(self) -> None:
         """Drops all RAM, before any page arrives: it must be truly empty.
 
-        (postcopy_ram_incoming_init)
+        Memory is unlocked first: locked pages can't be dropped. (postcopy_ram_incoming_init,
+        and the munlockall of postcopy_ram_supported_by_host)
         """
+        self._owner.lock_memory(False)
         for block in self._blocks:
             self._owner.discard(block.region, 0, block.length)
             block.received.setall(False)
@@ -399,6 +401,8 @@ class Backend:
         if uffd is not None:
             try:
                 self._unregister(uffd)
+                # The loop that serves faults is our caller: it has ended, there is none to join.
+                trace.debug("postcopy_ram_incoming_cleanup_join")
             finally:
                 uffd.close()
                 for fork in self._forks:
