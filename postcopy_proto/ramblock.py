@@ -66,8 +66,9 @@ class ByteRange(NamedTuple):
 
 def test_bits(bits: bitarray, numbers: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     """Which of the bits with these numbers are set; `bits` in little-endian bit order."""
-    in_bytes = np.frombuffer(bits, np.uint8)
-    return (in_bytes[numbers >> 3] >> (numbers & 7).astype(np.uint8)) & 1 != 0
+    in_bytes = np.frombuffer(memoryview(bits), np.uint8)
+    shifted: NDArray[np.uint8] = in_bytes[numbers >> 3] >> (numbers & 7).astype(np.uint8)
+    return shifted & 1 != 0
 
 
 def set_bits(bits: bitarray, numbers: NDArray[np.integer[Any]]) -> None:
@@ -77,7 +78,7 @@ def set_bits(bits: bitarray, numbers: NDArray[np.integer[Any]]) -> None:
         bits[first : first + count] = True
         return
     masks = np.left_shift(1, numbers & 7).astype(np.uint8)
-    np.bitwise_or.at(np.frombuffer(bits, np.uint8), numbers >> 3, masks)
+    np.bitwise_or.at(np.frombuffer(memoryview(bits), np.uint8), numbers >> 3, masks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -306,9 +306,7 @@ class SourceConnection:
     def _take(self, block: str, first: int, count: int) -> NDArray[np.intp]:
         """The pages of a range that are owed; they are owed no longer."""
         bits = self._owed[block][first : first + count]
-        pages = first + np.flatnonzero(
-            np.unpackbits(np.frombuffer(bits, np.uint8), count=len(bits), bitorder="little")
-        )
+        pages = first + np.flatnonzero(np.frombuffer(bits.unpack(), np.bool_))
         self._owed[block][first : first + count] = False
         self._owed_count -= len(pages)
         return pages

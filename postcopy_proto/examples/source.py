@@ -51,7 +51,8 @@ class ToyVm:
 
     def zero_pages(self, block: str, pages: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Which of these pages hold only zeros."""
-        return ~self.ram[block][pages].any(axis=1)
+        zero: NDArray[np.bool_] = np.logical_not(self.ram[block][pages].any(axis=1))
+        return zero
 
     def read_pages(self, block: str, pages: NDArray[np.intp]) -> NDArray[np.uint8]:
         """Their bytes, one row a page."""

@@ -60,7 +60,8 @@ class LiveMemory:
     def zero_pages(self, block: str, pages: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Which of these pages hold only zeros, shape (n,)."""
         words = self.pages[block].view(np.uint64)
-        return ~words[pages].any(axis=1)
+        zero: NDArray[np.bool_] = np.logical_not(words[pages].any(axis=1))
+        return zero
 
     def read_pages(self, block: str, pages: NDArray[np.intp]) -> NDArray[np.uint8]:
         """The pages' bytes, shape (n, 4096)."""
