@@ -68,7 +68,8 @@ def test_bits(bits: bitarray, numbers: NDArray[np.integer[Any]]) -> NDArray[np.b
     """Which of the bits with these numbers are set; `bits` in little-endian bit order."""
     in_bytes = np.frombuffer(memoryview(bits), np.uint8)
     shifted: NDArray[np.uint8] = in_bytes[numbers >> 3] >> (numbers & 7).astype(np.uint8)
-    return shifted & 1 != 0
+    result: NDArray[np.bool_] = shifted & 1 != 0
+    return result
 
 
 def set_bits(bits: bitarray, numbers: NDArray[np.integer[Any]]) -> None:
