@@ -19,7 +19,7 @@ from postcopy_proto.errors import PostcopyError
 if TYPE_CHECKING:
     Subparsers: TypeAlias = argparse._SubParsersAction[Any]
 
-COMMANDS: tuple[str, ...] = ("probe", "demo", "decode", "receive")
+COMMANDS: tuple[str, ...] = ("probe", "demo", "receive", "restore", "decode")
 """the subcommands, by the names of their modules, in the order in which the help lists them"""
 
 TRACE_LOGGER = "postcopy_proto.trace"

@@ -34,7 +34,10 @@ class SourceStatistics:
     """target pages sent with content after the switchover"""
     zero_pages: int = 0
     """target pages sent as zero pages after the switchover"""
+    requests: int = 0
+    """requests that came, each for one or more host pages"""
     requested_pages: int = 0
+    """target pages sent because they were asked for"""
     started_at: float = field(default_factory=time.monotonic)
     package_at: float | None = None
     first_request_at: float | None = None
@@ -238,6 +241,7 @@ class SourceLoop:
             if isinstance(event, m.ReqPages | m.ReqPagesId):
                 self._asked_at[self._numbered] = now
                 self._numbered += 1
+                self.statistics.requests += 1
                 if self.statistics.first_request_at is None:
                     self.statistics.first_request_at = now / 1e9
         return True

@@ -63,6 +63,8 @@ class IndexText:
     stream_at: int
     """file offset of the stream: behind libvirt's header, or 0"""
     target_page_size: int
+    section_id: int
+    """RAM's; device sections have other ids"""
     blocks: list[tuple[str, int]]
     """(idstr, used_length in bytes) in the stream's order"""
     device_state: tuple[int, int]
@@ -188,6 +190,7 @@ class _Builder:
         self._path = path
         self._descriptor, self._partial = _create(path)
         self._decoder = ForwardDecoder(target_page_size=target_page_size)
+        self._section_id = 0
         self._blocks: list[tuple[str, int]] = []
         self._array: NDArray[np.int64] = np.empty(0, np.int64)
         self._arrays: Mapping[str, NDArray[np.int64]] = {}
@@ -226,6 +229,8 @@ class _Builder:
             match event:
                 case m.Pages():
                     self._take_pages(event)
+                case m.SectionStart(section_id):
+                    self._section_id = section_id
                 case m.RamBlockList(blocks):
                     self._open_array([(entry.idstr, entry.used_length) for entry in blocks])
                 case m.CompressedPage(block, offset):
@@ -311,6 +316,7 @@ class _Builder:
             fingerprint=self._fingerprint,
             stream_at=self._stream_at,
             target_page_size=self._page_size,
+            section_id=self._section_id,
             blocks=self._blocks,
             device_state=self._device_state or (0, 0),
             patched_pages=self._patched,

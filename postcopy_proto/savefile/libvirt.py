@@ -137,7 +137,7 @@ def _decompress(
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the disk, not of the data
             raise broken(
-                f"{image.format} data that can't be decompressed: {error}", compressed.tell()
+                f"{image.format} data that can't be decompressed: {error}", image.data_at
             ) from error
 
 

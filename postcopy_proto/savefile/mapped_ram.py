@@ -95,6 +95,7 @@ class MappedRam:
         kind, name = self._file.read(self._at, 1)[0], self._file.read(name_at, 1 + len(RAM))
         if kind != QemuVm.SECTION_START or name[1:] != RAM:
             raise broken("RAM's START section is missing", self._at, kind=ErrorKind.UNSUPPORTED)
+        self.section_id = int.from_bytes(self._file.read(self._at + 1, 4), "big")
         self._at = name_at + len(name) + SECTION_AFTER_NAME
         [word] = self._take(_WORD)
         missing = word - MEM_SIZE

@@ -34,6 +34,10 @@ class SavedVm(Protocol):
         """All device sections, verbatim."""
 
     @property
+    def section_id(self) -> int:
+        """RAM's section id in the file: no device section has the same."""
+
+    @property
     def target_page_size(self) -> int:
         """Bytes of the guest's page."""
 

@@ -37,6 +37,7 @@ class SaveStream:
         self._file = file
         self._index = open_index(file, stream_at, target_page_size, cache=cache, progress=progress)
         text = self._index.text
+        self.section_id = text.section_id
         blocks = [RAMBlock(idstr, length) for idstr, length in text.blocks]
         self.blocks = with_page_sizes(blocks, page_sizes or {}, target_page_size)
         self.device_state = file.read(*text.device_state)

@@ -1,0 +1,148 @@
+"""Lazy restore: a saved VM runs at a stock destination before its RAM is there.
+
+The source's side of a postcopy migration whose precopy phase is empty: everything is discarded,
+the device state goes out at once, and every page is delivered afterwards, those first that are
+asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from postcopy_proto.errors import Channel, PostcopyError, RemoteProtocolError
+from postcopy_proto.net.incoming import IncomingQemu
+from postcopy_proto.net.source_loop import SourceLoop, SourceStatistics
+from postcopy_proto.net.transport import Address, TransferMode, TransportError, connect
+from postcopy_proto.savefile import SavedVm
+from postcopy_proto.source import RAM_SECTION_ID, BackgroundOrder, SourceConnection
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """How a VM is delivered."""
+
+    bandwidth: float | None = None
+    """bytes a second of pages that nobody asked for; None: no bound; 0: none of them"""
+    drain_after: float | None = None
+    """with a bandwidth of 0: seconds after which the rest is sent all the same"""
+    order: BackgroundOrder = BackgroundOrder.AFTER_REQUEST
+    mode: TransferMode = TransferMode.LATENCY
+    silence: float | None = 60.0
+    """seconds that the destination may keep us waiting; None: no limit"""
+
+
+class RestoreError(PostcopyError):
+    """The destination did not take the VM; the text says at which point and what may be wrong."""
+
+
+def restore(
+    vm: SavedVm,
+    address: Address | None,
+    qemu: IncomingQemu | None = None,
+    *,
+    options: RestoreOptions | None = None,
+    on_progress: Callable[[SourceStatistics], None] | None = None,
+    may_drain: Callable[[], bool] | None = None,
+) -> SourceStatistics:
+    """Deliver `vm` to the destination that waits at `address`; what was sent.
+
+    With `qemu` it is made to wait there before, and its migration's end is waited for; without
+    an address it is given a private socket. `may_drain` is asked, while only requests are
+    answered, whether the rest may be sent now.
+
+    RestoreError when the destination does not take the VM; RemoteProtocolError (channel FILE) and
+    OSError when the save file can't be read any more.
+    """
+    options = options or RestoreOptions()
+    with contextlib.ExitStack() as stack:
+        if address is None:
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="postcopy-"))
+            address = Address("unix", path=f"{directory}/incoming")
+        try:
+            if qemu is not None:
+                qemu.listen(address)
+            sock = stack.enter_context(connect(address, options.silence))
+            statistics = Restore(vm, sock, options, on_progress, may_drain).run()
+            if qemu is not None:
+                qemu.wait(options.silence)
+        except RestoreError as error:
+            said = qemu.failure() if qemu is not None else ""
+            raise RestoreError(f"{error}. {said}" if said else str(error)) from error
+    return statistics
+
+
+class Restore:
+    """One restore of `vm` over the connected socket `forward`; see `restore`."""
+
+    def __init__(
+        self,
+        vm: SavedVm,
+        forward: socket.socket,
+        options: RestoreOptions,
+        on_progress: Callable[[SourceStatistics], None] | None = None,
+        may_drain: Callable[[], bool] | None = None,
+    ) -> None:
+        self._vm = vm
+        self._options = options
+        self._may_drain = may_drain
+        self._connection = SourceConnection(
+            vm,
+            vm.configuration,
+            target_page_size=vm.target_page_size,
+            section_id=vm.section_id or RAM_SECTION_ID,
+            order=options.order,
+        )
+        self._loop = SourceLoop(
+            self._connection,
+            forward,
+            mode=options.mode,
+            silence=options.silence,
+            bandwidth=options.bandwidth or None,
+            on_progress=on_progress,
+        )
+
+    def run(self) -> SourceStatistics:
+        """The whole restore, up to the destination's SHUT."""
+        connection, loop = self._connection, self._loop
+        try:
+            loop.send([connection.start()])
+            loop.send(connection.switchover(None, self._vm.device_state))
+            loop.statistics.package_at = time.monotonic()
+            if self._options.bandwidth == 0:
+                loop.deliver(until=self._drains, background=False)
+            loop.deliver()
+            loop.finish()
+        except (TransportError, RemoteProtocolError) as error:
+            if isinstance(error, RemoteProtocolError) and error.channel is Channel.FILE:
+                raise
+            raise RestoreError(f"{error}; {self._advice()}") from error
+        return loop.statistics
+
+    def _drains(self) -> bool:
+        """Whether the rest is to be sent, though only requests were to be answered."""
+        if self._may_drain is not None and self._may_drain():
+            return True
+        after, package_at = self._options.drain_after, self._loop.statistics.package_at
+        assert package_at is not None
+        return after is not None and time.monotonic() - package_at >= after
+
+    def _advice(self) -> str:
+        """What to look at, by how far the destination had come."""
+        if self._connection.requests == 0 and self._connection.owed:
+            machine = self._vm.configuration.machine
+            return (
+                "it has not run the VM. Check what QEMU printed, and that it has the machine type "
+                f"{machine}, the same devices and memory as the saved VM, and the capability "
+                "postcopy-ram, which must be set before migrate-incoming"
+            )
+        if self._connection.owed:
+            return (
+                "the VM ran there with a part of its memory and is lost; the save file is as it "
+                "was and can be restored again"
+            )
+        return "all pages had been sent: ask QEMU (query-migrate) whether the VM runs"
