@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from postcopy_proto.cli import output
@@ -77,11 +78,23 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.parser.error("--index and --preempt belong to --return")
     from postcopy_proto.cli.capture.reading import detect_channel, open_capture
 
-    with open_capture(arguments.file) as capture:
+    with open_capture(arguments.file, _start(arguments.file)) as capture:
         channel = _channel(arguments.channel) or detect_channel(capture.head)
         if arguments.summary:
             return _summarise(arguments, capture, channel)
         return _list(arguments, capture, channel)
+
+
+def _start(path: str) -> int:
+    """Where in the file QEMU's bytes begin: behind the header of a libvirt save image."""
+    from postcopy_proto.cli.capture.saved import libvirt_stream_at
+
+    found = libvirt_stream_at(path) if Path(path).is_file() else None
+    if found is None:
+        return 0
+    start, packing = found
+    output.note(f"a libvirt save image ({packing}); QEMU's bytes begin at {start:#x} of the file")
+    return start
 
 
 def _channel(name: str) -> Channel | None:
@@ -89,10 +102,13 @@ def _channel(name: str) -> Channel | None:
 
 
 def _summarise(arguments: argparse.Namespace, capture: Capture, channel: Channel) -> int:
+    from postcopy_proto.cli.capture.saved import is_mapped_ram, summarise_mapped_ram
     from postcopy_proto.cli.capture.summary import summary_of
 
     summary = summary_of(channel)
     total, failure = feed(capture, channel, summary, strict=arguments.strict)
+    if is_mapped_ram(failure) and capture.total is not None:
+        summary, total, failure = summarise_mapped_ram(arguments.file), capture.total, None
     if arguments.json:
         output.print_json(summary.document(total))
     else:
@@ -102,6 +118,7 @@ def _summarise(arguments: argparse.Namespace, capture: Capture, channel: Channel
 
 def _list(arguments: argparse.Namespace, capture: Capture, channel: Channel) -> int:
     from postcopy_proto.cli.capture.listing import JsonPrinter, Listing, TextPrinter
+    from postcopy_proto.cli.capture.saved import is_mapped_ram
 
     printer = JsonPrinter() if arguments.json else TextPrinter()
     listing = Listing(printer, each_page=arguments.pages)
@@ -109,6 +126,9 @@ def _list(arguments: argparse.Namespace, capture: Capture, channel: Channel) -> 
     bar = not sys.stdout.isatty()
     _, failure = feed(capture, channel, listing, strict=arguments.strict, bar=bar)
     listing.finish()
+    if is_mapped_ram(failure) and capture.total is not None:
+        output.note("a mapped-ram file: its pages have fixed places; --summary counts them")
+        return output.EXIT_DONE
     return _done(failure)
 
 

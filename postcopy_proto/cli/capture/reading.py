@@ -39,7 +39,7 @@ class Capture:
         self._raw = raw
         mode = os.fstat(raw.fileno())
         self.total = mode.st_size if stat.S_ISREG(mode.st_mode) else None
-        self.position = 0
+        self.position = raw.tell() if raw.seekable() else 0
         magic = _read_up_to(self._counted, _MAGIC_BYTES)
         packed = io.BufferedReader(_Prefixed(magic, self._counted), CHUNK)
         self._stream, self._damage = _decompressed(packed)
@@ -71,14 +71,19 @@ class Capture:
 
 
 @contextmanager
-def open_capture(path: str) -> Iterator[Capture]:
-    """A capture by its path, `-` for standard input; OSError when it can't be opened."""
+def open_capture(path: str, start: int = 0) -> Iterator[Capture]:
+    """A capture by its path, `-` for standard input; OSError when it can't be opened.
+
+    `start` is where in the file it begins, in bytes; standard input has no such place.
+    """
     if path == STDIN:
         # Unbuffered, so that a live stream is decoded as it arrives.
         with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
             yield Capture(raw)
         return
     with open(path, "rb", buffering=0) as raw:
+        if start:
+            raw.seek(start)
         yield Capture(raw)
 
 

@@ -27,6 +27,13 @@ class ForwardSummary:
         self._commands: Counter[str] = Counter()
         self._package: Document | None = None
 
+    @classmethod
+    def of_file(cls, machine: str, blocks: dict[str, Document]) -> ForwardSummary:
+        """What is known of a whole save file without reading it as a stream."""
+        summary = cls()
+        summary._machine, summary._blocks, summary._ended = machine, blocks, "eof"
+        return summary
+
     def add(self, offset: int, message: m.Message) -> None:
         """Count one event."""
         name = command_name(message)
@@ -114,7 +121,8 @@ class ForwardSummary:
         if self._package is not None:
             inside = self._package["commands"].items()
             rows += [(f"  in the package: {name}", f"{count:,}") for name, count in inside]
-        output.print_table("Commands", ("command", "count"), rows, right=(1,))
+        if rows:
+            output.print_table("Commands", ("command", "count"), rows, right=(1,))
         if self._package is not None:
             output.print_line(f"package of {self._package['bytes']:,} bytes")
 
@@ -163,7 +171,8 @@ class ReturnSummary:
             ("Requests", "block", self._requests),
         ):
             rows = [(name, f"{count:,}") for name, count in counts.items()]
-            output.print_table(title, (column, "count"), rows, right=(1,))
+            if rows:
+                output.print_table(title, (column, "count"), rows, right=(1,))
 
 
 class PreemptSummary:
