@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gzip
 import io
 import lzma
@@ -10,7 +12,6 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
@@ -40,16 +41,18 @@ class Capture:
         mode = os.fstat(raw.fileno())
         self.total = mode.st_size if stat.S_ISREG(mode.st_mode) else None
         self.position = raw.tell() if raw.seekable() else 0
-        magic = _read_up_to(self._counted, _MAGIC_BYTES)
-        packed = io.BufferedReader(_Prefixed(magic, self._counted), CHUNK)
+        _widen(raw)
+        magic = _read_up_to(raw.read, _MAGIC_BYTES)
+        self.position += len(magic)
+        packed = io.BufferedReader(_Prefixed(magic, self._read_into), CHUNK)
         self._stream, self._damage = _decompressed(packed)
         self.head = _read_up_to(self._read, _WORD_BYTES)
         """the first bytes of the content, at most 8: enough to tell the channel"""
 
-    def _counted(self, size: int) -> bytes:
-        data = self._raw.read(size)
-        self.position += len(data)
-        return data
+    def _read_into(self, buffer: memoryview) -> int:
+        count = self._raw.readinto(buffer)
+        self.position += count
+        return count
 
     def chunks(self) -> Iterator[bytes]:
         """The content, once, in pieces of at most 1 MiB. RemoteProtocolError if it's damaged."""
@@ -70,7 +73,7 @@ class Capture:
         return data
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_capture(path: str, start: int = 0) -> Iterator[Capture]:
     """A capture by its path, `-` for standard input; OSError when it can't be opened.
 
@@ -118,20 +121,28 @@ def decoder_for(
 
 
 class _Prefixed(io.RawIOBase):
-    """Bytes that were read already, then what `read` gives."""
+    """Bytes that were read already, then what `read_into` gives."""
 
-    def __init__(self, prefix: bytes, read: Callable[[int], bytes]) -> None:
+    def __init__(self, prefix: bytes, read_into: Callable[[memoryview], int]) -> None:
         self._prefix = prefix
-        self._read_more = read
+        self._read_into = read_into
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._prefix[: len(buffer)] or self._read_more(len(buffer))
+        if not self._prefix:
+            return self._read_into(buffer)
+        data = self._prefix[: len(buffer)]
         self._prefix = self._prefix[len(data) :]
         buffer[: len(data)] = data
         return len(data)
+
+
+def _widen(raw: io.FileIO) -> None:
+    """Let a pipe hold a whole chunk: in pieces of 64 KiB most of the time would go to waiting."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(raw.fileno(), fcntl.F_SETPIPE_SZ, CHUNK)
 
 
 def _read_up_to(read: Callable[[int], bytes], size: int) -> bytes:
