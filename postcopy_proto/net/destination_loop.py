@@ -141,6 +141,7 @@ class DestinationLoop:
         self._on_progress = on_progress
         self._forward: socket.socket | None = None
         self._preempt: socket.socket | None = None
+        self._buffer = memoryview(bytearray(TransferMode.THROUGHPUT.value))
         self._out = bytearray()
         self._discarding = False
         self._poll = select.poll()
@@ -235,24 +236,46 @@ class DestinationLoop:
     # ---- bytes in
 
     def _read(self, sock: socket.socket, channel: Channel) -> None:
-        # Before LISTEN nobody waits for anything.
-        urgent = self.statistics.listen_at is not None
-        mode = self._mode if urgent else TransferMode.THROUGHPUT
-        try:
-            data = sock.recv(mode.value)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            raise TransportError(f"{channel} channel: {error.strerror or error}") from error
+        """Take what is there, up to a bufferful, and act on it.
+
+        One buffer serves for all: the decoders keep nothing of it once they need more.
+        """
+        size = self._mode.value if self._awaited() else TransferMode.THROUGHPUT.value
+        filled, ended = self._fill_buffer(sock, channel, size)
         self._last_heard = time.monotonic()
-        self.statistics.bytes += len(data)
-        if channel is Channel.PREEMPT:
-            if not data:
+        self.statistics.bytes += filled
+        receive = (
+            self._connection.receive_preempt_data
+            if channel is Channel.PREEMPT
+            else self._connection.receive_data
+        )
+        if filled:
+            receive(self._buffer[:filled])
+            self._handle_events(channel)
+        if ended:
+            if channel is Channel.PREEMPT:
                 self._poll.unregister(sock)
-            self._connection.receive_preempt_data(data)
-        else:
-            self._connection.receive_data(data)
-        self._handle_events(channel)
+            receive(b"")
+            self._handle_events(channel)
+
+    def _awaited(self) -> bool:
+        """Whether somebody waits for a page."""
+        return self._faults_fd is not None and self._connection.outstanding > 0
+
+    def _fill_buffer(self, sock: socket.socket, channel: Channel, size: int) -> tuple[int, bool]:
+        """Bytes read, and whether the channel has ended behind them."""
+        filled = 0
+        while filled < size:
+            try:
+                count = sock.recv_into(self._buffer[filled:size])
+            except (BlockingIOError, InterruptedError):
+                return filled, False
+            except OSError as error:
+                raise TransportError(f"{channel} channel: {error.strerror or error}") from error
+            if count == 0:
+                return filled, True
+            filled += count
+        return filled, False
 
     def _handle_events(self, channel: Channel) -> None:
         preempt = channel is Channel.PREEMPT

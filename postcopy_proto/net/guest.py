@@ -282,9 +282,12 @@ class GuestProcess(Owner):
         plan = _Plan(indexes, offsets, bases[indexes] + offsets.astype(np.uint64))
         touch = Touch(self, [region.block.idstr for region in self.regions], plan)
         threads = max(1, min(threads, len(offsets)))
-        self._ask("touch", fds=(plan.fd,), count=len(offsets), threads=threads)
-        os.close(plan.fd)
+        # Known before it is asked for: its end may be told before the answer.
         self._touches.append(touch)
+        try:
+            self._ask("touch", fds=(plan.fd,), count=len(offsets), threads=threads)
+        finally:
+            os.close(plan.fd)
         return touch
 
     def _plan_touches(

@@ -26,6 +26,7 @@ the process small.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -71,7 +72,10 @@ class _Guest:
         silent = operation in ("discard", "huge_pages", "lock_memory")
         try:
             answer, answer_fds = getattr(self, f"_do_{operation}")(*fds, **message)
-        except UserfaultError as error:
+        except (UserfaultError, ValueError) as failure:
+            error = failure
+            if not isinstance(error, UserfaultError):
+                error = UserfaultError(operation, errno.EINVAL, str(failure))
             if silent:
                 self._failure = self._failure or error
             else:

@@ -136,7 +136,6 @@ class FileTarget:
         self._sink: SaveFileSink | None = None
         self._blocks: list[RAMBlock] = []
         self._device_state = b""
-        self._finished = False
 
     @property
     def sink(self) -> SaveFileSink:
@@ -210,15 +209,16 @@ class FileTarget:
             self._guest.finish()
             if self._guest.touch is not None:
                 compare(self._guest.guest, self._blocks, self.sink.read)
+        # On disk it is only after `close`: until then the VM is where a stock destination would
+        # have it too, in this host's memory, and the source need not wait for a disk.
         self.sink.finish(self._device_state)
-        self._finished = True
 
     def close(self) -> None:
-        """End the guest; remove the file if it was not finished."""
+        """End the guest; bring the file to disk, or remove it if it was not finished."""
         if self._guest is not None:
             self._guest.close()
-        if self._sink is not None and not self._finished:
-            self._sink.abort()
+        if self._sink is not None:
+            self._sink.close()
 
 
 def compare(

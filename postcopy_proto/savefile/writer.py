@@ -18,7 +18,7 @@ It is set aside when the first page with content arrives that belongs to it; a p
 again overwrites its record. What is left open in a group at the end becomes pages of zeros.
 There is no VMDESCRIPTION, which postcopy streams do not carry either; QEMU does not ask for it.
 
-The file grows under the name FILE.partial and gets its own name when it is whole and on disk.
+The file grows under the name FILE.partial and gets its own name when it is whole.
 Memory: two bits a page and eight bytes a group, 96 MiB for a guest of 1 TiB.
 """
 
@@ -36,9 +36,10 @@ from bitarray.util import intervals, zeros
 from numpy.typing import NDArray
 
 from postcopy_proto import messages as m
-from postcopy_proto.ramblock import TARGET_PAGE_SIZE, encode_idstr
+from postcopy_proto.ramblock import IDSTR_MAX, TARGET_PAGE_SIZE, encode_idstr
 from postcopy_proto.wire import encode
-from postcopy_proto.wire.pages import CONTINUE, PAGE, WORD_SIZE, encode_pages
+from postcopy_proto.wire.forward import RAM_IDSTR, RAM_VERSION
+from postcopy_proto.wire.pages import WORD_SIZE, encode_pages
 
 GROUP_PAGES = 64
 """Pages that get their place in the file together: 256 KiB at a time when they come in order."""
@@ -89,19 +90,6 @@ class _Block:
         name = 0 if page % GROUP_PAGES else len(self.counted_name)
         return self.record_at(page) + WORD_SIZE + name
 
-    def records(self, page: int, contents: list[memoryview]) -> list[memoryview]:
-        """The pieces of the PAGE records of consecutive pages; a group's first one is named."""
-        pieces = []
-        for offset, content in zip(
-            range(page * self.page_size, self.page_count * self.page_size, self.page_size),
-            contents,
-            strict=False,
-        ):
-            named = offset // self.page_size % GROUP_PAGES == 0
-            head = (offset | (PAGE if named else PAGE | CONTINUE)).to_bytes(WORD_SIZE, "big")
-            pieces += [memoryview(head + self.counted_name if named else head), content]
-        return pieces
-
 
 class SaveFileSink:
     """A PageSink that writes a save file of stock QEMU's own format.
@@ -132,10 +120,12 @@ class SaveFileSink:
         }
         self._file = _open_exclusively(self.partial)
         self._end = 0
+        self._finished = self._closed = False
+        self._records = bytearray(GROUP_PAGES * (WORD_SIZE + target_page_size) + 1 + IDSTR_MAX)
         try:
             self._append(_preamble(head, block_list, section_id))
         except BaseException:
-            self.abort()
+            self.close()
             raise
 
     @property
@@ -157,12 +147,15 @@ class SaveFileSink:
         for first, count in pages.runs():
             page = int(pages.offsets[first]) // size
             self._check(block, page, count)
-            positions = pages.positions[first : first + count].tolist()
-            has_content = positions[0] >= 0
-            if has_content:
-                self._write(block, page, [data[at : at + size] for at in positions])
+            position = int(pages.positions[first])
+            if position >= 0:
+                stride = int(pages.positions[first + 1]) - position if count > 1 else size
+                rows: NDArray[np.uint8] = np.ndarray(
+                    (count, size), np.uint8, data, position, (stride, 1)
+                )
+                self._write(block, page, rows)
             block.received[page : page + count] = True
-            block.written[page : page + count] = has_content
+            block.written[page : page + count] = position >= 0
 
     def discard(self, block: str, start: int, length: int) -> None:
         """Forget a range of bytes: zeros, unless its pages come again. ValueError outside."""
@@ -177,16 +170,14 @@ class SaveFileSink:
         state = self._block(block)
         page, count = offset // state.page_size, length // state.page_size
         self._check(state, page, count)
-        nothing = bytes(state.page_size)
-        return b"".join(
-            os.pread(self._file, state.page_size, state.content_at(i))
-            if state.written[i]
-            else nothing
-            for i in range(page, page + count)
-        )
+        content = np.zeros((count, state.page_size), np.uint8)
+        for written, start, end in intervals(state.written[page : page + count]):
+            for first, last in _within_groups(page + start, page + end) if written else ():
+                content[first - page : last - page] = self._read(state, first, last - first)
+        return content.tobytes()
 
     def finish(self, device_state: bytes) -> None:
-        """Complete the file, bring it to disk and give it its name.
+        """Complete the file and give it its name; `close` brings it to disk.
 
         `device_state` is the package's device sections, verbatim, without LISTEN, PINGs and RUN.
         """
@@ -196,43 +187,63 @@ class SaveFileSink:
                 self._append(records)
         self._append(encode(m.RamEos()) + encode(m.SectionFooter(self._section_id)))
         self._append(device_state + encode(m.Eof()))
-        os.fsync(self._file)
         self.partial.rename(self.path)
-        os.close(self._file)
-        _sync_directory(self.path.parent)
+        self._finished = True
 
-    def abort(self) -> None:
-        """Give up: nothing is left of the file."""
-        self.partial.unlink(missing_ok=True)
-        os.close(self._file)
+    def close(self) -> None:
+        """Bring a finished file to disk; of one that was not finished nothing is left.
+
+        Doing it again is fine. OSError when the disk fails.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._finished:
+                os.fsync(self._file)
+                _sync_directory(self.path.parent)
+            else:
+                self.partial.unlink(missing_ok=True)
+        finally:
+            os.close(self._file)
 
     # ---- writing
 
-    def _write(self, block: _Block, page: int, contents: list[memoryview]) -> None:
-        """Write the records of consecutive pages, each group's with one call."""
-        done = 0
-        while done < len(contents):
-            first = page + done
-            group = first // GROUP_PAGES
-            end = min((group + 1) * GROUP_PAGES - page, len(contents))
+    def _write(self, block: _Block, page: int, rows: NDArray[np.uint8]) -> None:
+        """Write the records of consecutive pages, shape (n, page size), each group's in one go."""
+        for first, end in _within_groups(page, page + len(rows)):
+            group, slot = divmod(first, GROUP_PAGES)
             if block.groups[group] < 0:
                 block.groups[group] = self._end
                 self._end += block.group_size(group)
-            records = block.records(first, contents[done:end])
+            records = encode_pages(
+                block.idstr,
+                np.arange(first, end, dtype=np.uint64) * np.uint64(block.page_size),
+                np.zeros(end - first, np.bool_),
+                rows[first - page : end - page],
+                named=slot == 0,
+                out=self._records,
+            )
             _write_at(self._file, records, block.record_at(first))
-            done = end
+
+    def _read(self, block: _Block, page: int, count: int) -> NDArray[np.uint8]:
+        """The content of consecutive pages of one group, shape (count, page size)."""
+        stride = WORD_SIZE + block.page_size
+        raw = os.pread(self._file, count * stride - WORD_SIZE, block.content_at(page))
+        return np.ndarray((count, block.page_size), np.uint8, raw, 0, (stride, 1))
 
     def _fill_gaps(self, block: _Block) -> None:
         """Pages of zeros for what has no content in the groups that have a place."""
-        nothing = memoryview(bytes(block.page_size))
+        nothing = np.zeros((1, block.page_size), np.uint8)
         for group in np.flatnonzero(block.groups >= 0).tolist():
             first, end = block.pages_of(group)
             for written, gap, gap_end in intervals(block.written[first:end]):
                 if not written:
-                    self._write(block, first + gap, [nothing] * (gap_end - gap))
+                    rows = np.broadcast_to(nothing, (gap_end - gap, block.page_size))
+                    self._write(block, first + gap, rows)
 
     def _append(self, data: bytes | memoryview) -> None:
-        _write_at(self._file, [memoryview(data)], self._end)
+        _write_at(self._file, memoryview(data), self._end)
         self._end += len(data)
 
     def _block(self, idstr: str) -> _Block:
@@ -255,7 +266,7 @@ def _preamble(head: m.Configuration | bytes, block_list: m.RamBlockList, section
     opening = head if isinstance(head, bytes) else encode(m.StreamHeader()) + encode(head)
     entries = tuple(m.RamBlockEntry(e.idstr, e.used_length) for e in block_list.blocks)
     items = (
-        m.SectionStart(section_id, "ram", 0, 4),
+        m.SectionStart(section_id, RAM_IDSTR, 0, RAM_VERSION),
         m.RamBlockList(entries),
         m.RamEos(),
         m.SectionFooter(section_id),
@@ -290,13 +301,18 @@ def _open_exclusively(path: Path) -> int:
     return descriptor
 
 
-def _write_at(descriptor: int, pieces: list[memoryview], offset: int) -> None:
-    size = sum(map(len, pieces))
-    written = os.pwritev(descriptor, pieces, offset)
-    if written < size:
-        rest = memoryview(b"".join(pieces))
-        while written < size:
-            written += os.pwrite(descriptor, rest[written:], offset + written)
+def _within_groups(first: int, end: int) -> Iterator[tuple[int, int]]:
+    """The pages [first, end), cut where groups begin."""
+    while first < end:
+        until = min((first // GROUP_PAGES + 1) * GROUP_PAGES, end)
+        yield first, until
+        first = until
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(descriptor, data[written:], offset + written)
 
 
 def _sync_directory(directory: Path) -> None:

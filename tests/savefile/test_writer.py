@@ -92,6 +92,7 @@ def test_any_order_of_arrivals_gives_the_last_content(tmp_path: Path, seed: int)
         assert sink.pages[name] == np.count_nonzero(content.any(axis=1))
     assert not path.exists()
     sink.finish(DEVICE)
+    sink.close()
     memory, others = load(path)
     for name, content in model.items():
         np.testing.assert_array_equal(memory[name], content)
@@ -120,7 +121,7 @@ def test_zero_pages_are_counted_until_discarded(tmp_path: Path) -> None:
     assert sink.zero_pages == {"pc.ram": 10, "pc.bios": 0, "tiny": 0}
     sink.discard("pc.ram", 0, 4 * PAGE)
     assert sink.zero_pages["pc.ram"] == 6
-    sink.abort()
+    sink.close()
 
 
 def test_a_group_is_set_aside_once(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_a_group_is_set_aside_once(tmp_path: Path) -> None:
     size = sink.partial.stat().st_size
     sink.place(batch("pc.ram", list(range(2 * GROUP_PAGES)), ones))
     assert sink.partial.stat().st_size == size
-    sink.abort()
+    sink.close()
 
 
 def test_the_head_is_kept_verbatim(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_the_head_is_kept_verbatim(tmp_path: Path) -> None:
 def test_abort_leaves_nothing(tmp_path: Path) -> None:
     sink = sink_at(tmp_path / "vm")
     sink.place(batch("tiny", [0], np.ones((1, PAGE), np.uint8)))
-    sink.abort()
+    sink.close()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -153,6 +154,7 @@ def test_a_leftover_is_taken_over_but_not_a_file_being_written(tmp_path: Path) -
     with pytest.raises(BlockingIOError):
         sink_at(tmp_path / "vm")
     sink.finish(DEVICE)
+    sink.close()
     assert (tmp_path / "vm").read_bytes().startswith(b"QEVM")
 
 
@@ -165,4 +167,4 @@ def test_pages_outside_are_refused(tmp_path: Path, block: str, pages: list[int])
         sink.place(batch(block, pages, np.ones((100, PAGE), np.uint8)))
     with pytest.raises(ValueError, match=block):
         sink.discard(block, pages[-1] * PAGE, PAGE)
-    sink.abort()
+    sink.close()
