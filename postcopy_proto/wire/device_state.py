@@ -39,8 +39,9 @@ class DeviceStateReader:
     candidate never overlaps the next one's.
     """
 
-    def __init__(self, limit: int, description_limit: int) -> None:
+    def __init__(self, offset: int, limit: int, description_limit: int) -> None:
         self._data = bytearray()
+        self._offset = offset  # in the stream, for errors
         self._limit = limit
         self._description_limit = description_limit
         self._searched = 0  # no tail begins before this
@@ -66,6 +67,7 @@ class DeviceStateReader:
             raise RemoteProtocolError(
                 f"more than {self._limit} bytes of device sections without an end",
                 kind=ErrorKind.LIMIT,
+                offset=self._offset,
                 message=DeviceState.NAME,
             )
         return len(self._data) - before

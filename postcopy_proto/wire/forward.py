@@ -328,10 +328,10 @@ class ForwardDecoder(Decoder):
 
     def _read_full(self) -> Message:
         stream.SECTION_FULL.decode(self._buffer.peek(self._section_header_size()))
-        self._devices = DeviceStateReader(
-            self._limits.device_state_bytes, self._limits.description_bytes
-        )
         self._devices_offset = self._buffer.offset
+        self._devices = DeviceStateReader(
+            self._devices_offset, self._limits.device_state_bytes, self._limits.description_bytes
+        )
         self._expect(self._read_devices, "device sections")
         return self._read_devices()
 

@@ -263,7 +263,8 @@ class ReturnPathDecoder(Decoder):
         """As `Decoder.next_event`; requests that arrived together were decoded together."""
         if self._requests:
             return self._requests.pop()
-        self._in_requests = False
+        if self._in_requests:
+            self._event_offset, self._in_requests = self.event_offset, False
         return super().next_event()
 
     def _read(self) -> Message:

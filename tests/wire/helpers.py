@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Iterator
 
@@ -71,6 +72,7 @@ def batch(
     )
 
 
+@functools.cache
 def page(seed: int, size: int = P) -> bytes:
     """A page's worth of bytes that tell pages apart."""
     return random.Random(seed).randbytes(size)

@@ -48,6 +48,18 @@ def test_offsets_within_requests_that_arrive_together() -> None:
     assert decoder.next_event() is NEED_DATA
 
 
+def test_need_data_leaves_the_last_events_offset_alone() -> None:
+    decoder = ReturnPathDecoder()
+    decoder.receive_data(encode(m.Pong(1)) + join(*requests(20)))
+    assert len(list(decoder)) == 21
+    assert decoder.event_offset == 8 + 19 * 16
+    assert decoder.next_event() is NEED_DATA
+    assert decoder.event_offset == 8 + 19 * 16
+    decoder.receive_data(encode(m.Pong(2)))
+    list(decoder)
+    assert decoder.event_offset == 8 + 20 * 16
+
+
 def test_requests_are_messages_like_any_other() -> None:
     decoder = ReturnPathDecoder()
     decoder.receive_data(join(*requests(20)))
