@@ -47,7 +47,7 @@ from postcopy_proto.states import (
 )
 from postcopy_proto.wire import Limits, ReturnPathDecoder, encode
 from postcopy_proto.wire.forward import RAM_IDSTR, RAM_VERSION
-from postcopy_proto.wire.pages import encode_pages
+from postcopy_proto.wire.pages import encode_page, encode_pages
 
 RAM_SECTION_ID = 2
 """The section id that RAM has in stock streams of 5.2 and 7.2. Never 0: a destination's search
@@ -124,6 +124,8 @@ class SourceConnection:
         self._configuration = configuration
         self._target_page_size = target_page_size
         self._section_id = section_id
+        self._part_head = encode(m.SectionPart(section_id))
+        self._part_tail = encode(m.RamEos()) + encode(m.SectionFooter(section_id))
         self._preempt = preempt
         self._order = order
         self._decoder = ReturnPathDecoder(limits=limits or Limits())
@@ -269,42 +271,42 @@ class SourceConnection:
         self, block: str, pages: NDArray[np.intp], requests: range, channel: Channel
     ) -> PageBatch:
         if channel is Channel.PREEMPT:
-            zero, rows = self._read(block, pages)
-            data = self._records(channel, block, pages, zero, rows)
-            zeros = int(np.count_nonzero(zero))
+            records, zeros = self._records(channel, block, pages)
+            data = memoryview(records)
         else:
             data, zeros = self._section(block, pages)
         return PageBatch(data, block, len(pages), zeros, requests, channel)
 
     def _section(self, block: str, pages: NDArray[np.intp]) -> tuple[memoryview, int]:
         """A PART section with these pages, and how many of them are zero pages."""
-        zero, rows = self._read(block, pages)
-        records = self._records(Channel.FORWARD, block, pages, zero, rows)
-        head = encode(m.SectionPart(self._section_id))
-        tail = encode(m.RamEos()) + encode(m.SectionFooter(self._section_id))
-        return memoryview(b"".join((head, records, tail))), int(np.count_nonzero(zero))
-
-    def _read(
-        self, block: str, pages: NDArray[np.intp]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
-        zero = self._store.zero_pages(block, pages)
-        return zero, self._store.read_pages(block, pages[~zero])
+        records, zeros = self._records(Channel.FORWARD, block, pages)
+        return memoryview(b"".join((self._part_head, records, self._part_tail))), zeros
 
     def _records(
-        self,
-        channel: Channel,
-        block: str,
-        pages: NDArray[np.intp],
-        zero: NDArray[np.bool_],
-        rows: NDArray[np.uint8],
-    ) -> memoryview:
-        offsets = pages.astype(np.uint64) * np.uint64(self._target_page_size)
+        self, channel: Channel, block: str, pages: NDArray[np.intp]
+    ) -> tuple[bytes | memoryview, int]:
+        """Page records for one channel, and how many of them are zero pages."""
         named = self._last_block[channel] != block
         self._last_block[channel] = block
-        return encode_pages(block, offsets, zero, rows, named=named)
+        zero = self._store.zero_pages(block, pages)
+        if len(pages) == 1:
+            # What a vCPU waits for is mostly one page.
+            content = None if zero[0] else self._store.read_pages(block, pages)[0].data
+            offset = int(pages[0]) * self._target_page_size
+            return encode_page(block, offset, content, named), int(zero[0])
+        rows = self._store.read_pages(block, pages[~zero])
+        return (
+            encode_pages(block, pages * self._target_page_size, zero, rows, named=named),
+            len(pages) - len(rows),
+        )
 
     def _take(self, block: str, first: int, count: int) -> NDArray[np.intp]:
         """The pages of a range that are owed; they are owed no longer."""
+        if count == 1:
+            owed = self._owed[block]
+            found, owed[first] = owed[first], 0
+            self._owed_count -= found
+            return np.array([first] if found else [], np.intp)
         bits = self._owed[block][first : first + count]
         pages = first + np.flatnonzero(np.frombuffer(bits.unpack(), np.bool_))
         self._owed[block][first : first + count] = False

@@ -328,7 +328,8 @@ class _Builder:
 
 def _map(descriptor: int, mode: Literal["r", "r+"], entries: int) -> NDArray[np.int64]:
     with os.fdopen(os.dup(descriptor), "rb" if mode == "r" else "r+b") as file:
-        return np.memmap(file, "<i8", mode, ARRAY_AT, (entries,))
+        # A plain array of the same memory: indexing a memmap costs several times as much.
+        return np.asarray(np.memmap(file, "<i8", mode, ARRAY_AT, (entries,)))
 
 
 def _create(path: Path | None) -> tuple[int, Path | None]:

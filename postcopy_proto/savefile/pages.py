@@ -39,8 +39,8 @@ class PageReader:
         Good until the next call; a view of what was read where the pages lie at one distance
         from each other. RemoteProtocolError when the file has not what the index says.
         """
-        if not len(values):
-            return self._rows[:0]
+        if len(values) < 2:
+            return self._read_scattered(values)
         first, last = int(values[0]), int(values[-1])
         steps = np.diff(values)
         wanted = len(values) * self._page_size
@@ -49,7 +49,7 @@ class PageReader:
         if not plain or extent > WASTE * wanted:
             return self._read_scattered(values)
         data = self._read_extent(first, extent)
-        step = int(steps[0]) if len(steps) else self._page_size
+        step = int(steps[0])
         if step >= self._page_size and (steps == step).all():
             return np.ndarray((len(values), self._page_size), np.uint8, data, 0, (step, 1))
         windows = np.lib.stride_tricks.sliding_window_view(data, self._page_size)

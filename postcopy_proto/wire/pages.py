@@ -248,6 +248,20 @@ def _put_each(view: memoryview, words: list[int], rows: NDArray[np.uint8]) -> No
             position += page_size
 
 
+def encode_page(block: str, offset: int, content: bytes | memoryview | None, named: bool) -> bytes:
+    """The record of one page: what `encode_pages` gives for it, at a tenth of the cost.
+
+    `content` is None for a zero page. Nothing is checked.
+    """
+    word = offset | (ZERO if content is None else PAGE)
+    if named:
+        name = encode_idstr(block)
+        head = word.to_bytes(WORD_SIZE, "big") + bytes((len(name),)) + name
+    else:
+        head = (word | CONTINUE).to_bytes(WORD_SIZE, "big")
+    return head + (b"\0" if content is None else content)
+
+
 def encode_batch(message: Pages) -> bytes:
     """The records of a batch as it was decoded; ValueError as `encode_pages`."""
     return bytes(
