@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ from postcopy_proto.wire.buffer import NeedMoreError, ReceiveBuffer
 from postcopy_proto.wire.limits import Limits
 
 
-class Decoder:
+class Decoder(ABC):
     """One channel's bytes -> messages; the base of the decoders proper.
 
     `receive_data` only stores; `next_event` parses. How the bytes were cut into chunks changes
@@ -102,10 +103,10 @@ class Decoder:
             lacking = "more"
         return EndOfStream(buffer.total, clean=False, detail=f"inside {inside}: {lacking} expected")
 
+    @abstractmethod
     def _read(self) -> Message:
         """Take one event from the buffer; NeedMoreError leaves everything as it was."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _at_end(self) -> EndOfStream:
         """The last event, for a stream that ended at the read position."""
-        raise NotImplementedError

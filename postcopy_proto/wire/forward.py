@@ -33,6 +33,7 @@ from postcopy_proto.messages import (
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock, encode_idstr, is_power_of_two
 from postcopy_proto.wire import stream
 from postcopy_proto.wire.block_list import BlockListReader
+from postcopy_proto.wire.buffer import NeedMoreError
 from postcopy_proto.wire.commands import (
     ENVELOPE_SIZE,
     PACKAGED_LENGTH,
@@ -343,8 +344,7 @@ class ForwardDecoder(Decoder):
             return self._finish_devices(self._devices.messages())
         if self._buffer.eof and (parts := self._devices.messages_at_end()):
             return self._finish_devices(parts)
-        self._buffer.peek(1)
-        raise AssertionError("everything was passed on")
+        raise NeedMoreError
 
     def _finish_devices(self, parts: list[tuple[int, Message]]) -> Message:
         """Hand out the first part now, the others next; nothing may follow them."""

@@ -49,7 +49,8 @@ def whole(name: str) -> list[m.Message]:
 
 
 def test_there_are_captures() -> None:
-    assert len(NAMES) == 24
+    assert {name.split("-")[0] for name in NAMES} >= {"7.2"}
+    assert len(NAMES) >= 24
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,8 +59,7 @@ def test_decodes_whole_and_encodes_to_itself(name: str) -> None:
     end = got[-1]
     assert isinstance(end, EndOfStream)
     assert end.offset == len(load(name))
-    broken_off = name in ("7.2-recover-forward", "7.2-preempt-recover-forward")
-    assert end.clean is not broken_off
+    assert end.clean is not name.endswith("recover-forward"), "cut, to be recovered"
     assert join(*got[:-1]) == load(name)
 
 
@@ -83,10 +83,9 @@ def test_packages(name: str) -> None:
     for event in whole(name):
         if isinstance(event, m.Packaged):
             items = parse_package(event.payload)
-            assert [type(item) for item in items] == [
-                m.PostcopyListen, m.DeviceState, m.Ping, m.PostcopyRun,
-            ]  # fmt: skip
-            assert items[2] == m.Ping(3)
+            later = [m.Ping(0x42)] if name.startswith("11.") else []
+            assert isinstance(items[1], m.DeviceState)
+            assert items == [m.PostcopyListen(), items[1], m.Ping(3), *later, m.PostcopyRun()]
             assert join(*items) == event.payload
 
 

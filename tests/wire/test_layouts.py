@@ -293,6 +293,7 @@ BAD = [
     (m.UnknownReturnPathMessage(-1, b""), "type -1"),
     (m.UnknownReturnPathMessage(8, bytes(65536)), "65536 bytes; 65535 fit"),
     (m.EndOfStream(0, True), "is not on the wire"),
+    (m.VmDescription("{}"), "can't be encoded"),  # type: ignore[arg-type]
 ]
 
 
@@ -312,3 +313,15 @@ def test_bounds_themselves_fit() -> None:
     assert encode(m.RamBlockList((m.RamBlockEntry("b", P, 2 * P, (1 << 64) - 1),)))
     assert encode(m.Configuration("pc", target_page_bits=0xFFFFFFFF))
     assert ADVISE
+
+
+class Huge(bytes):
+    """Says that it has 4 GiB."""
+
+    def __len__(self) -> int:
+        return 1 << 32
+
+
+def test_a_package_of_4_gib_is_refused() -> None:
+    with pytest.raises(ValueError, match="package of 4294967296 bytes; 4294967295 fit"):
+        encode(m.Packaged(Huge()))

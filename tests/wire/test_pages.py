@@ -16,6 +16,7 @@ from postcopy_proto.wire import ForwardDecoder, Limits, PreemptDecoder, encode
 from postcopy_proto.wire.pages import (
     RamSaveFlag,
     compress_bound,
+    encode_page,
     encode_pages,
     join_pages,
     payload_rows,
@@ -475,6 +476,13 @@ def test_build_refused(change: dict[str, object], text: str) -> None:
 def test_the_highest_page_builds() -> None:
     built = encode_pages("b", [(1 << 64) - P], [True], ROWS[:0], named=False)
     assert bytes(built) == h("fffffffffffff022 00")
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("content", [None, page(3)], ids=["zero", "page"])
+def test_one_page_at_a_tenth_of_the_cost(content: bytes | None, named: bool) -> None:
+    expected = encode(batch("pc.ram", (77, content), named=named))
+    assert encode_page("pc.ram", 77 * P, content, named) == expected
 
 
 # ---- batches as they are: payload wherever it lies
