@@ -170,7 +170,8 @@ def hand_over(
     """
     message = json.dumps([region.as_dict() for region in regions]).encode()
     sent = socket.send_fds(connection, [message], [uffd.fileno()])
-    connection.sendall(message[sent:])
+    if sent < len(message):
+        connection.sendall(message[sent:])
 
 
 def receive_handover(connection: socket.socket, timeout: float = 5.0) -> Handover:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import select
 from collections.abc import Callable
@@ -71,6 +72,11 @@ _OUTCOMES: Final[dict[int, tuple[type[ResolveError], str]]] = {
     errno.ENOMEM: (NoMemoryLeftError, "free memory or raise the memory cgroup's limit"),
     errno.ENOSPC: (NoMemoryLeftError, "raise vm.nr_hugepages or the size of the tmpfs"),
 }
+
+
+_NOWHERE: Final = 1 << 30
+"""An address that the kernel accepts and that is never registered: below every mapping of a
+position-independent program."""
 
 
 # ---- events
@@ -264,9 +270,25 @@ class Userfaultfd:
         return Ioctls(abi.UFFDIO_REGISTER_STRUCT.unpack(argument)[3])
 
     def unregister(self, start: int, length: int) -> None:
-        """Faults are the kernel's business again: missing pages read as zero. Wakes waiters."""
+        """Faults are the kernel's business again: missing pages read as zero. Wakes waiters.
+
+        OwnerGoneError when there is no process any more.
+        """
         argument = bytearray(abi.UFFDIO_RANGE_STRUCT.pack(start, length))
         self._plain("UFFDIO_UNREGISTER", abi.UFFDIO_UNREGISTER, argument, start, length)
+
+    def owner_is_gone(self) -> bool:
+        """Whether the process whose memory it is has exited.
+
+        Asked by a copy to where nothing is registered; register and unregister say ENOMEM.
+        """
+        try:
+            self.copy(_NOWHERE, _NOWHERE, mmap.PAGESIZE)
+        except OwnerGoneError:
+            return True
+        except ResolveError:
+            return False
+        return False
 
     def wake(self, start: int, length: int) -> None:
         """Lets whoever waits in the range try again."""
@@ -429,6 +451,8 @@ class Userfaultfd:
             fcntl.ioctl(self._fd, request, argument)
         except OSError as error:
             detail = f"{start:#x} + {length:#x}"
+            if error.errno == errno.ENOMEM and self.owner_is_gone():
+                error = ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
             raise self._outcome(operation, error, 0, detail) from None
 
     @staticmethod

@@ -19,6 +19,7 @@ from typing import Any
 
 from postcopy_proto.errors import UserfaultError
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE
+from postcopy_proto.userfault import syscalls
 from postcopy_proto.userfault.abi import Features, Ioctls
 from postcopy_proto.userfault.descriptor import Userfaultfd
 from postcopy_proto.userfault.mapping import Backing, Mapping
@@ -119,12 +120,8 @@ def _check_memory_lock() -> Check:
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         shown = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit} bytes"
         return Check("memory-lock", True, f"{detail}; the limit for locking again is {shown}")
-    return Check(
-        "memory-lock",
-        False,
-        detail,
-        "userfaultfd and mlock don't go together: munlockall before postcopy, and lock again after",
-    )
+    advice = "it can't be postcopied while locked: a backend unlocks it, and locks again if asked"
+    return Check("memory-lock", False, detail, advice, required=False)
 
 
 def _locked_bytes() -> int:
@@ -236,6 +233,9 @@ def _mapping(length: int, backing: Backing) -> Iterator[Mapping]:
     page_size = length if backing is Backing.HUGETLB else mmap.PAGESIZE
     mapping = Mapping.create(length, page_size, backing)
     try:
+        # After mlockall new memory is locked and populated from the start.
+        syscalls.unlock_range(mapping.address, mapping.length)
+        mapping.discard(0, mapping.length)
         yield mapping
     finally:
         mapping.close()

@@ -39,9 +39,9 @@ _libc.mmap.argtypes = (
     ctypes.c_int64,
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.munlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 _libc.prctl.argtypes = (ctypes.c_int, *(ctypes.c_ulong,) * 4)
 for _name in ("process_vm_readv", "process_vm_writev"):
     _function = getattr(_libc, _name)
@@ -113,6 +113,11 @@ def lock_memory(on: bool) -> None:
         _check(_libc.mlockall(MCL_CURRENT | MCL_FUTURE), "mlockall")
     else:
         _check(_libc.munlockall(), "munlockall")
+
+
+def unlock_range(address: int, length: int) -> None:
+    """munlock(2)."""
+    _check(_libc.munlock(address, length), "munlock", f"{address:#x} + {length:#x}")
 
 
 def prctl(option: int, value: int) -> None:

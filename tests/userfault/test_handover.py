@@ -1,0 +1,284 @@
+"""The handshake of Firecracker's page fault handlers, both halves, and peers that get it wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+
+from postcopy_proto.errors import ErrorKind, RemoteProtocolError, UserfaultError
+from postcopy_proto.net.handover import (
+    REGIONS_MAX,
+    HandedRegion,
+    Handover,
+    hand_over,
+    parse_description,
+    receive_handover,
+)
+from postcopy_proto.ramblock import RAMBlock
+from postcopy_proto.userfault import syscalls
+from postcopy_proto.userfault.abi import Features
+from postcopy_proto.userfault.backend import Backend
+from postcopy_proto.userfault.descriptor import Userfaultfd
+from postcopy_proto.userfault.mapping import Mapping
+from tests.userfault.support import PAGE, batch, content
+
+pytestmark = pytest.mark.userfault
+
+COUNT = 32
+
+
+def vmm(connection: socket.socket, *, wait_for_end: bool) -> int:
+    """What a VMM does: owns memory, hands it over, touches it all; exit status 0 when it fits.
+
+    With `wait_for_end` it ends itself (status 9) when the handler goes away, as it should.
+    """
+    mappings = [Mapping.create(COUNT * PAGE, PAGE) for _ in range(2)]
+    features = Features.EVENT_REMOVE
+    uffd = Userfaultfd.open(features, user_mode_only=True)
+    for mapping in mappings:
+        uffd.register(mapping.address, mapping.length)
+    described = [
+        HandedRegion(mapping.address, mapping.length, index * COUNT * PAGE)
+        for index, mapping in enumerate(mappings)
+    ]
+    hand_over(connection, uffd, described)
+    if wait_for_end:
+        ended = connection.recv(1) == b""
+        return 9 if ended else 3
+    pages = [content(RAMBlock(f"memory@{i * COUNT * PAGE:#x}", COUNT * PAGE), i) for i in (0, 1)]
+    word = ctypes.create_string_buffer(PAGE)
+    for mapping, expected in zip(mappings, pages, strict=True):
+        for page in np.random.default_rng(1).permutation(COUNT):
+            syscalls.memcpy(ctypes.addressof(word), mapping.address + int(page) * PAGE, PAGE)
+            if word.raw != expected[page].tobytes():
+                return 1
+    # Dropped while being served: reads as zeros, without the handler's help it would not end.
+    mappings[0].discard(0, PAGE)
+    syscalls.memcpy(ctypes.addressof(word), mappings[0].address, PAGE)
+    return 0 if not any(word.raw) else 2
+
+
+@contextmanager
+def started_vmm(*, wait_for_end: bool = False) -> Iterator[tuple[int, socket.socket]]:
+    """A VMM that has connected; through a listening socket, so that the kernel names it."""
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/uffd.sock")
+        listener.listen()
+        pid = os.fork()
+        if pid == 0:
+            status = 99
+            try:
+                with socket.socket(socket.AF_UNIX) as connection:
+                    connection.connect(f"{folder}/uffd.sock")
+                    status = vmm(connection, wait_for_end=wait_for_end)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        connection, _ = listener.accept()
+        with connection:
+            try:
+                yield pid, connection
+            finally:
+                with suppress(ProcessLookupError, ChildProcessError):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+
+
+def test_a_vmm_is_served_from_its_empty_memory_on() -> None:
+    with started_vmm() as (pid, connection), receive_handover(connection) as handover:
+        names = [region.block.idstr for region in handover.regions]
+        assert names == ["memory@0x0", f"memory@{COUNT * PAGE:#x}"]
+        pages = {name: content(RAMBlock(name, COUNT * PAGE), i) for i, name in enumerate(names)}
+        backend = Backend(handover.regions)
+        backend.enable_notify()
+        poll = select.poll()
+        poll.register(backend.fileno(), select.POLLIN)
+        poll.register(handover.pidfd, select.POLLIN)
+        while handover.pidfd not in (ready := dict(poll.poll(10_000))):
+            assert ready, "the VMM neither faults nor ends"
+            for name, offset in backend.read_faults():
+                backend.place(batch(name, pages[name], [offset // PAGE]))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert backend.stats.requested == 2 * COUNT
+        assert backend.stats.removed == 1
+        backend.cleanup()
+
+
+def test_handed_over_memory_cannot_be_dropped_from_here() -> None:
+    with (
+        started_vmm(wait_for_end=True) as (_, connection),
+        receive_handover(connection) as handover,
+    ):
+        backend = Backend(handover.regions)
+        with pytest.raises(UserfaultError, match="begin with enable_notify"):
+            backend.incoming_init()
+
+
+def test_the_vmm_is_told_when_the_handler_goes() -> None:
+    with started_vmm(wait_for_end=True) as (pid, connection):
+        receive_handover(connection).close()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def test_the_handler_ends_a_vmm_that_it_cannot_serve() -> None:
+    with (
+        started_vmm(wait_for_end=True) as (pid, connection),
+        receive_handover(connection) as handover,
+    ):
+        assert handover.owner.pid == pid
+        handover.kill_owner()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert select.select([handover.pidfd], [], [], 10)[0]
+        handover.kill_owner()
+
+
+# ---- descriptions
+
+
+def entry(**changes: object) -> dict[str, object]:
+    plain = {
+        "base_host_virt_addr": 0x7F0000000000,
+        "size": 8 * PAGE,
+        "offset": 0,
+        "page_size": PAGE,
+    }
+    return {**plain, **changes}
+
+
+def parse(*entries: object) -> list[HandedRegion]:
+    return parse_description(json.dumps(entries).encode())
+
+
+def test_descriptions_of_several_firecrackers() -> None:
+    old = entry(page_size_kib=PAGE)
+    del old["page_size"]
+    new = entry(base_host_virt_addr=0x7F0000100000, offset=8 * PAGE, page_size_kib=1, flavour="x")
+    assert parse(old, new) == [
+        HandedRegion(0x7F0000000000, 8 * PAGE, 0, PAGE),
+        HandedRegion(0x7F0000100000, 8 * PAGE, 8 * PAGE, PAGE),
+    ]
+    round_trip = [region.as_dict() for region in parse(old, new)]
+    assert parse(*round_trip) == parse(old, new)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (b"", ErrorKind.MALFORMED),
+        (b"\xff\xfe", ErrorKind.MALFORMED),
+        (b"{}", ErrorKind.MALFORMED),
+        (b"[]", ErrorKind.MALFORMED),
+        (b"[1]", ErrorKind.MALFORMED),
+        (b"[" * 100_000 + b"]" * 100_000, ErrorKind.MALFORMED),
+        (json.dumps([entry(size=-PAGE)]).encode(), ErrorKind.MALFORMED),
+        (json.dumps([entry(size="8")]).encode(), ErrorKind.MALFORMED),
+        (json.dumps([entry(size=True)]).encode(), ErrorKind.MALFORMED),
+        (json.dumps([entry(size=1.5)]).encode(), ErrorKind.MALFORMED),
+        (json.dumps([entry(size=1 << 70)]).encode(), ErrorKind.MALFORMED),
+        (json.dumps([entry(size=0)]).encode(), ErrorKind.RANGE),
+        (json.dumps([entry(size=PAGE + 1)]).encode(), ErrorKind.RANGE),
+        (json.dumps([entry(base_host_virt_addr=1)]).encode(), ErrorKind.RANGE),
+        (json.dumps([entry(base_host_virt_addr=2**63 - PAGE)]).encode(), ErrorKind.RANGE),
+        (json.dumps([entry(page_size=0)]).encode(), ErrorKind.MALFORMED),
+        (json.dumps([entry(page_size=3 * PAGE)]).encode(), ErrorKind.MALFORMED),
+        (json.dumps([entry(), entry(offset=PAGE)]).encode(), ErrorKind.MALFORMED),
+        (json.dumps([entry(), entry(base_host_virt_addr=0x100000)]).encode(), ErrorKind.MALFORMED),
+        (json.dumps([entry()] * (REGIONS_MAX + 1)).encode(), ErrorKind.LIMIT),
+        (b'[{"size": 4096}]', ErrorKind.MALFORMED),
+    ],
+)
+def test_bad_descriptions_are_refused(message: bytes, kind: ErrorKind) -> None:
+    with pytest.raises(RemoteProtocolError) as caught:
+        parse_description(message)
+    assert caught.value.kind is kind
+    assert caught.value.message == "HANDOVER"
+
+
+# ---- connections
+
+
+def receive(
+    pieces: list[tuple[bytes, list[int]]], *, end: bool = False, timeout: float = 0.3
+) -> Handover:
+    left, right = socket.socketpair()
+
+    def send() -> None:
+        with suppress(ConnectionError):
+            for data, fds in pieces:
+                socket.send_fds(left, [data], fds)
+        if end:
+            left.close()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        return receive_handover(right, timeout)
+    finally:
+        sender.join()
+        left.close()
+
+
+GOOD = json.dumps([entry()]).encode()
+
+
+def test_the_descriptor_may_come_with_a_later_message() -> None:
+    with Userfaultfd.open(user_mode_only=True) as uffd:
+        pieces = [(GOOD[:10], []), (GOOD[10:], []), (b" ", [uffd.fileno()])]
+        with receive(pieces) as handover:
+            assert len(handover.regions) == 1
+
+
+@pytest.mark.parametrize(
+    ("pieces", "end", "kind", "reason"),
+    [
+        ([], False, ErrorKind.TIMEOUT, "description did not come"),
+        ([(GOOD, [])], False, ErrorKind.TIMEOUT, "userfaultfd did not come"),
+        ([(GOOD[:20], [0])], False, ErrorKind.TIMEOUT, "rest did not come"),
+        ([(GOOD, [])], True, ErrorKind.TRUNCATED, "ended before"),
+        ([(b"[" * 70_000, [0])] * 20, False, ErrorKind.LIMIT, "longer than"),
+        ([(GOOD, [0])], False, ErrorKind.MALFORMED, "no userfaultfd"),
+        ([(GOOD, [0, 0])], False, ErrorKind.MALFORMED, "2 descriptors"),
+    ],
+)
+def test_handovers_that_fail_leave_nothing_open(
+    pieces: list[tuple[bytes, list[int]]], end: bool, kind: ErrorKind, reason: str
+) -> None:
+    before = open_descriptors()
+    with open(os.devnull) as null:
+        with pytest.raises(RemoteProtocolError, match=reason) as caught:
+            receive([(data, [null.fileno() for _ in fds]) for data, fds in pieces], end=end)
+        assert caught.value.kind is kind
+    assert open_descriptors() == before
+
+
+def test_a_descriptor_before_its_handshake_is_refused() -> None:
+    fd = syscalls.userfaultfd(os.O_CLOEXEC | 1)
+    with pytest.raises(RemoteProtocolError, match="handshake"):
+        receive([(GOOD, [fd])])
+    os.close(fd)
+
+
+def test_a_silent_peer_costs_no_more_than_the_timeout() -> None:
+    begin = time.monotonic()
+    with pytest.raises(RemoteProtocolError):
+        receive([])
+    assert time.monotonic() - begin < 2
+
+
+def open_descriptors() -> int:
+    with os.scandir("/proc/self/fd") as entries:
+        return sum(1 for _ in entries)
