@@ -54,7 +54,9 @@ def json_fields(message: m.Message) -> dict[str, Any]:
     if isinstance(message, m.RamBlockList):
         return {"blocks": [_without_none(entry) for entry in message.blocks]}
     values = _without_none(message)
-    if isinstance(message, m.ReceivedBitmap):
+    if isinstance(message, m.EndOfStream):
+        del values["offset"]  # it is where the event stands
+    elif isinstance(message, m.ReceivedBitmap):
         values["received_pages"] = received_pages(message)
     return values
 

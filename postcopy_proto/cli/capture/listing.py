@@ -197,8 +197,8 @@ class JsonPrinter:
 
 
 def _own(fields: dict[str, Any]) -> dict[str, Any]:
-    """A message's own fields, none of which may hide where it stands."""
-    return {f"{key}_" if key in ("offset", "name") else key: fields[key] for key in fields}
+    """A message's own fields; an offset in a block is called `start`, as it is for pages."""
+    return {"start" if key == "offset" else key: value for key, value in fields.items()}
 
 
 def page_runs(offset: int, pages: m.Pages, *, each_page: bool) -> Iterator[PageRun]:
