@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from itertools import repeat
 from typing import Any
@@ -266,6 +266,18 @@ class ReturnPathDecoder(Decoder):
         if self._in_requests:
             self._event_offset, self._in_requests = self.event_offset, False
         return super().next_event()
+
+    def __iter__(self) -> Iterator[Message]:
+        """As `Decoder`; the faster way through many requests."""
+        while True:
+            while self._requests:
+                yield self._requests.pop()
+            event = self.next_event()
+            if isinstance(event, NeedData):
+                return
+            yield event
+            if isinstance(event, EndOfStream):
+                return
 
     def _read(self) -> Message:
         buffer = self._buffer
