@@ -11,6 +11,7 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -132,9 +133,15 @@ def run(plan: DemoPlan) -> None:
     dirty = {block.idstr: DirtyBitmap(block.page_count()) for block in store.blocks}
     dirtier = _Dirtier(store, dirty, random)
 
-    connection = SourceConnection(store, m.Configuration(MACHINE))
-    with connect(parse_address(plan.address), timeout=30) as sock:
-        loop = SourceLoop(connection, sock, mode=TransferMode[plan.mode])
+    mode, address = TransferMode[plan.mode], parse_address(plan.address)
+    with ExitStack() as sockets:
+        forward = sockets.enter_context(connect(address, timeout=30))
+        # Where latency counts, pages asked for get a connection of their own.
+        preempt = None
+        if mode is TransferMode.LATENCY:
+            preempt = sockets.enter_context(connect(address, timeout=30))
+        connection = SourceConnection(store, m.Configuration(MACHINE), preempt=preempt is not None)
+        loop = SourceLoop(connection, forward, preempt, mode=mode)
         loop.send([connection.start()])
         sent = _precopy(loop, connection, store, dirty, dirtier, plan.dirty, random)
         dirtier.write_until(plan.dirty)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -144,10 +144,15 @@ class DestinationLoop:
         self._on_progress = on_progress
         self._forward: socket.socket | None = None
         self._preempt: socket.socket | None = None
-        self._buffer = memoryview(bytearray(TransferMode.THROUGHPUT.value))
+        self._buffers = {
+            Channel.FORWARD: memoryview(bytearray(TransferMode.THROUGHPUT.value)),
+            Channel.PREEMPT: memoryview(bytearray(TransferMode.LATENCY.value)),
+        }
         self._out = bytearray()
         self._discarding = False
         self._poll = select.poll()
+        self._urgent_poll = select.poll()
+        self._listening = False
         self._faults_fd: int | None = None
         self._last_heard = 0.0
         self._ticked = 0.0
@@ -190,12 +195,9 @@ class DestinationLoop:
     def _turn(self) -> None:
         """Once round: wait, then faults, urgent pages, background, in this order."""
         ready = dict(self._poll.poll(TICK_SECONDS * 1000))
-        if self._faults_fd is not None and self._faults_fd in ready:
-            self._serve_faults()
+        self._attend(ready)
         if self._listener.fileno() in ready:
             self._accept_preempt()
-        if self._preempt is not None and self._preempt.fileno() in ready:
-            self._read(self._preempt, Channel.PREEMPT)
         assert self._forward is not None
         happened = ready.get(self._forward.fileno(), 0)
         if happened & select.POLLOUT:
@@ -206,6 +208,13 @@ class DestinationLoop:
         if not ready or now - self._ticked >= TICK_SECONDS:
             self._ticked = now
             self._tick()
+
+    def _attend(self, ready: Container[int]) -> None:
+        """Faults, and pages that somebody waits for."""
+        if self._faults_fd in ready:
+            self._serve_faults()
+        if self._preempt is not None and self._preempt.fileno() in ready:
+            self._read(self._preempt, Channel.PREEMPT)
 
     def _tick(self) -> None:
         """What is looked at now and then only."""
@@ -234,18 +243,21 @@ class DestinationLoop:
         tune(second)
         second.setblocking(False)
         self._preempt = second
-        self._poll.register(second, select.POLLIN)
+        if self._listening:
+            self._watch(second.fileno())
 
     # ---- bytes in
 
     def _read(self, sock: socket.socket, channel: Channel) -> None:
         """Take what is there, up to a bufferful, and act on it.
 
-        One buffer serves for all: the decoders keep nothing of it once they need more.
+        A buffer is used again and again: the decoders keep nothing of it once they need more.
         """
-        awaited = self._awaited()
-        size = self._mode.value if awaited else TransferMode.THROUGHPUT.value
-        filled, ended = self._fill_buffer(sock, channel, size, patient=not awaited)
+        buffer = self._buffers[channel]
+        patient = channel is Channel.FORWARD and not self._awaited()
+        if not patient:
+            buffer = buffer[: self._mode.value]
+        filled, ended = self._fill(buffer, sock, channel, patient=patient)
         self._last_heard = time.monotonic()
         self.statistics.bytes += filled
         receive = (
@@ -254,20 +266,21 @@ class DestinationLoop:
             else self._connection.receive_data
         )
         if filled:
-            receive(self._buffer[:filled])
+            receive(buffer[:filled])
             self._handle_events(channel)
         if ended:
             if channel is Channel.PREEMPT:
                 self._poll.unregister(sock)
+                self._urgent_poll.unregister(sock)
             receive(b"")
             self._handle_events(channel)
 
     def _awaited(self) -> bool:
         """Whether somebody waits for a page."""
-        return self._faults_fd is not None and self._connection.outstanding > 0
+        return self._listening and self._connection.outstanding > 0
 
-    def _fill_buffer(
-        self, sock: socket.socket, channel: Channel, size: int, *, patient: bool
+    def _fill(
+        self, buffer: memoryview, sock: socket.socket, channel: Channel, *, patient: bool
     ) -> tuple[int, bool]:
         """Bytes read, and whether the channel has ended behind them.
 
@@ -275,9 +288,9 @@ class DestinationLoop:
         some 200 KiB at a time, and much of a batch's cost does not depend on its size.
         """
         filled = 0
-        while filled < size:
+        while filled < len(buffer):
             try:
-                count = sock.recv_into(self._buffer[filled:size])
+                count = sock.recv_into(buffer[filled:])
             except (BlockingIOError, InterruptedError):
                 if patient and self._more_soon(sock):
                     continue
@@ -302,6 +315,8 @@ class DestinationLoop:
             if isinstance(event, m.NeedData | m.EndOfStream):
                 break
             self._handle(event, channel)
+            if self._listening and not preempt and isinstance(event, m.Pages):
+                self._attend(dict(self._urgent_poll.poll(0)))
         self._flush()
 
     def _handle(self, event: m.Message, channel: Channel) -> None:
@@ -342,9 +357,18 @@ class DestinationLoop:
         self.statistics.listen_at = time.monotonic()
         self.statistics.bytes_at_listen = self.statistics.bytes
         self._target.listen()
+        self._listening = True
         self._faults_fd = self._target.fileno()
+        # What was asked for may arrive before the package that let it be asked for was read.
+        if self._preempt is not None:
+            self._watch(self._preempt.fileno())
         if self._faults_fd is not None:
-            self._poll.register(self._faults_fd, select.POLLIN)
+            self._watch(self._faults_fd)
+
+    def _watch(self, fd: int) -> None:
+        """Look at an urgent descriptor whenever there is a choice."""
+        self._poll.register(fd, select.POLLIN)
+        self._urgent_poll.register(fd, select.POLLIN)
 
     # ---- bytes out
 
