@@ -34,7 +34,7 @@ from postcopy_proto.errors import (
     LocalProtocolError,
     RemoteProtocolError,
 )
-from postcopy_proto.ramblock import TARGET_PAGE_SIZE, PageStore, RAMBlock
+from postcopy_proto.ramblock import TARGET_PAGE_SIZE, PageStore, RAMBlock, encode_idstr
 from postcopy_proto.states import (
     FORWARD,
     RETURN_PATH,
@@ -47,7 +47,7 @@ from postcopy_proto.states import (
 )
 from postcopy_proto.wire import Limits, ReturnPathDecoder, encode
 from postcopy_proto.wire.forward import RAM_IDSTR, RAM_VERSION
-from postcopy_proto.wire.pages import encode_page, encode_pages
+from postcopy_proto.wire.pages import WORD_SIZE, ZERO_RECORD, encode_page, encode_pages
 
 RAM_SECTION_ID = 2
 """The section id that RAM has in stock streams of 5.2 and 7.2. Never 0: a destination's search
@@ -72,7 +72,7 @@ class PageBatch:
     """One piece of output of the postcopy phase."""
 
     data: memoryview
-    """bytes to send whole, good until the next call"""
+    """bytes to send whole, good until the next batch of the same channel"""
     block: str
     pages: int
     """target pages in it, zero pages included"""
@@ -124,6 +124,7 @@ class SourceConnection:
         self._configuration = configuration
         self._target_page_size = target_page_size
         self._section_id = section_id
+        self._buffers = dict.fromkeys((Channel.FORWARD, Channel.PREEMPT), memoryview(b""))
         self._part_head = encode(m.SectionPart(section_id))
         self._part_tail = encode(m.RamEos()) + encode(m.SectionFooter(section_id))
         self._preempt = preempt
@@ -271,34 +272,49 @@ class SourceConnection:
         self, block: str, pages: NDArray[np.intp], requests: range, channel: Channel
     ) -> PageBatch:
         if channel is Channel.PREEMPT:
-            records, zeros = self._records(channel, block, pages)
-            data = memoryview(records)
+            data, zeros = self._records(channel, block, pages)
         else:
             data, zeros = self._section(block, pages)
         return PageBatch(data, block, len(pages), zeros, requests, channel)
 
     def _section(self, block: str, pages: NDArray[np.intp]) -> tuple[memoryview, int]:
         """A PART section with these pages, and how many of them are zero pages."""
-        records, zeros = self._records(Channel.FORWARD, block, pages)
-        return memoryview(b"".join((self._part_head, records, self._part_tail))), zeros
+        return self._records(Channel.FORWARD, block, pages, self._part_head, self._part_tail)
 
     def _records(
-        self, channel: Channel, block: str, pages: NDArray[np.intp]
-    ) -> tuple[bytes | memoryview, int]:
-        """Page records for one channel, and how many of them are zero pages."""
+        self,
+        channel: Channel,
+        block: str,
+        pages: NDArray[np.intp],
+        head: bytes = b"",
+        tail: bytes = b"",
+    ) -> tuple[memoryview, int]:
+        """Page records between `head` and `tail`, and how many of them are zero pages."""
         named = self._last_block[channel] != block
         self._last_block[channel] = block
         zero = self._store.zero_pages(block, pages)
         if len(pages) == 1:
             # What a vCPU waits for is mostly one page.
             content = None if zero[0] else self._store.read_pages(block, pages)[0].data
-            offset = int(pages[0]) * self._target_page_size
-            return encode_page(block, offset, content, named), int(zero[0])
+            record = encode_page(block, int(pages[0]) * self._target_page_size, content, named)
+            return memoryview(b"".join((head, record, tail))), int(zero[0])
         rows = self._store.read_pages(block, pages[~zero])
-        return (
-            encode_pages(block, pages * self._target_page_size, zero, rows, named=named),
-            len(pages) - len(rows),
-        )
+        zeros = len(pages) - len(rows)
+        size = zeros * ZERO_RECORD + len(rows) * (WORD_SIZE + self._target_page_size)
+        if named:
+            size += 1 + len(encode_idstr(block))
+        end = len(head) + size
+        out = self._buffer(channel, end + len(tail))
+        out[: len(head)], out[end:] = head, tail
+        offsets = pages * self._target_page_size
+        encode_pages(block, offsets, zero, rows, named=named, out=out[len(head) : end])
+        return out, zeros
+
+    def _buffer(self, channel: Channel, size: int) -> memoryview:
+        """The buffer of a channel's batches, which each of them takes from the one before."""
+        if len(self._buffers[channel]) < size:
+            self._buffers[channel] = memoryview(bytearray(size))
+        return self._buffers[channel][:size]
 
     def _take(self, block: str, first: int, count: int) -> NDArray[np.intp]:
         """The pages of a range that are owed; they are owed no longer."""

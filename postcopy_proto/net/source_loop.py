@@ -17,12 +17,16 @@ from dataclasses import dataclass, field
 
 from postcopy_proto import messages as m
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
-from postcopy_proto.net.transport import TransferMode, TransportError, limit_buffer
+from postcopy_proto.net.transport import TransferMode, TransportError
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE
 from postcopy_proto.source import PageBatch, SourceConnection
 
 RECEIVE_BYTES = 65536
 """Most bytes read from the return path at once: some thousand requests."""
+
+QUIET_SECONDS = 0.02
+"""Time without a request after which LATENCY mode works like THROUGHPUT: the first request after a
+quiet time may wait longer, the next ones do not."""
 
 
 @dataclass(slots=True)
@@ -76,8 +80,9 @@ class SourceLoop:
             self._sockets[Channel.PREEMPT] = preempt
         for sock in self._sockets.values():
             sock.setblocking(False)
-            limit_buffer(sock, socket.SO_SNDBUF, mode)
-        self._batch_pages = mode.value // TARGET_PAGE_SIZE
+        self._pace = _Pace(forward, mode)
+        self._moved = 0
+        self._moved_at = time.monotonic()
         self._silence = silence
         self._bandwidth = bandwidth
         self._on_progress = on_progress
@@ -107,14 +112,16 @@ class SourceLoop:
         while self._connection.owed and not (until is not None and until()):
             self._receive()
             self._answer()
+            self._pace.update(self.statistics.requests)
             if not self._pending[Channel.FORWARD] and background and self._may_send_background():
-                batch = self._connection.next_batch(self._batch_pages)
+                batch = self._connection.next_batch(self._pace.batch_pages)
                 if batch is not None:
                     self._queue_batch(batch)
             self._flush()
             idle = not any(self._pending.values())
             if not (idle and background and self._may_send_background()):
-                self._wait(self._milliseconds_to_budget() if idle else 1000)
+                self._wait(self._milliseconds_to_budget() if idle else 200)
+            self._check_moving()
             self._progress()
         self._drain()
 
@@ -144,7 +151,7 @@ class SourceLoop:
     def _answer(self) -> None:
         """Send every page asked for that can go now, before anything else."""
         while self._connection.has_requests and self._channel_for_requests_is_free():
-            batch = self._connection.next_batch(self._batch_pages, background=False)
+            batch = self._connection.next_batch(self._pace.batch_pages, background=False)
             if batch is None:
                 return
             self._queue_batch(batch)
@@ -194,17 +201,20 @@ class SourceLoop:
     def _drain(self) -> None:
         """Send all that is queued; the destination must go on reading."""
         self._flush()
-        moved = time.monotonic()
-        before = self.statistics.bytes
         while any(self._pending.values()):
             self._receive()
             self._wait(200)
             self._flush()
-            if self.statistics.bytes != before:
-                moved, before = time.monotonic(), self.statistics.bytes
-            elif self._silence is not None and time.monotonic() - moved > self._silence:
-                raise self._timeout("our bytes to be read")
+            self._check_moving()
         self._progress()
+
+    def _check_moving(self) -> None:
+        """Give up on a destination that has read nothing for too long though something waits."""
+        moved, now = self.statistics.bytes, time.monotonic()
+        if moved != self._moved or not any(self._pending.values()):
+            self._moved, self._moved_at = moved, now
+        elif self._silence is not None and now - self._moved_at > self._silence:
+            raise self._timeout("our bytes to be read")
 
     def _may_send_background(self) -> bool:
         if self._bandwidth is None:
@@ -272,3 +282,33 @@ class SourceLoop:
         return TransportError(
             f"the destination went away: {channel} channel: {error.strerror or error}"
         )
+
+
+class _Pace:
+    """How much is sent at once: little while pages are asked for, more while it is quiet."""
+
+    def __init__(self, forward: socket.socket, mode: TransferMode) -> None:
+        self._socket = forward
+        self._favoured = mode
+        # The kernel doubles what it is told, and tells that.
+        self._buffer = forward.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
+        self._requests = 0
+        self._quiet_at = 0.0
+        self._mode = TransferMode.THROUGHPUT
+
+    @property
+    def batch_pages(self) -> int:
+        """Pages of one background batch."""
+        return self._mode.value // TARGET_PAGE_SIZE
+
+    def update(self, requests: int) -> None:
+        """Take note of how many requests have come so far."""
+        now = time.monotonic()
+        if requests != self._requests:
+            self._requests, self._quiet_at = requests, now + QUIET_SECONDS
+        mode = TransferMode.THROUGHPUT if now >= self._quiet_at else self._favoured
+        if mode is not self._mode:
+            self._mode = mode
+            limited = mode is TransferMode.LATENCY
+            buffer = min(mode.value, self._buffer) if limited else self._buffer
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
