@@ -24,6 +24,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from bitarray import bitarray
 
@@ -50,6 +51,9 @@ from postcopy_proto.userfault.statistics import FaultStatistics
 
 trace = logging.getLogger("postcopy_proto.trace")
 log = logging.getLogger(__name__)
+
+_EVENTS: Final = 64
+"""events taken by one read; fewer mean that no more waited"""
 
 
 class Backend:
@@ -231,15 +235,16 @@ class Backend:
         self._serving_thread = threading.get_ident()
         requests, self._wanted = self._wanted, []
         while True:
-            events, self._events = self._events or uffd.read_events(), []
-            if not events:
-                return requests
+            kept, self._events = self._events, []
+            events = kept or uffd.read_events(_EVENTS)
             now = time.perf_counter_ns()
             for event in events:
                 if type(event) is PageFault:
                     self._fault(event, now, requests)
                 else:
                     self._other_event(event)
+            if not kept and len(events) < _EVENTS:
+                return requests
 
     def want(self, block: str, start: int, length: int) -> int:
         """Asks for the missing host pages of a range as if the guest had touched them.
@@ -376,9 +381,9 @@ class Backend:
         self._check_not_ended()
         if len(pages) == 0:
             return
-        block = self._placer.check(pages, channel)
+        block, runs = self._placer.check(pages, channel)
         if self._uffd is not None:
-            self._placer.place(self._uffd, block, pages, channel)
+            self._placer.place(self._uffd, block, pages, runs, channel)
         else:
             self._owner.flush()
             self._placer.write(block, pages)

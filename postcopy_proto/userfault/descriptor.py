@@ -316,7 +316,7 @@ class Userfaultfd:
         argument = self._argument
         _PACK_COPY(argument, 0, destination, source, length, mode, 0)
         try:
-            fcntl.ioctl(self._fd, abi.UFFDIO_COPY, argument)
+            _ioctl(self._fd, _UFFDIO_COPY, argument)
         except OSError as error:
             detail = f"{destination:#x} + {length:#x} from {source:#x}"
             raise self._outcome("UFFDIO_COPY", error, _unpack_done(argument, 32), detail) from None
@@ -390,12 +390,12 @@ class Userfaultfd:
 
         UserfaultError when the read fails or ends inside a message.
         """
-        if limit * _MESSAGE_SIZE > len(self._messages):
-            self._messages = bytearray(limit * _MESSAGE_SIZE)
+        wanted = limit * _MESSAGE_SIZE
+        if wanted != len(self._messages):
+            self._messages = bytearray(wanted)
         messages = self._messages
         try:
-            view = memoryview(messages)[: limit * _MESSAGE_SIZE]
-            size = os.readv(self._fd, (view,))
+            size = os.readv(self._fd, (messages,))
         except BlockingIOError:
             return []
         except OSError as error:
@@ -465,6 +465,9 @@ class Userfaultfd:
         return outcome
 
 
+# Bound once: they are called for every page.
+_ioctl: Final = fcntl.ioctl
+_UFFDIO_COPY: Final = abi.UFFDIO_COPY
 _PACK_COPY: Final = abi.UFFDIO_COPY_STRUCT.pack_into
 _PACK_RESOLVE: Final = abi.UFFDIO_ZEROPAGE_STRUCT.pack_into
 

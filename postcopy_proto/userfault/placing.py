@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -25,6 +25,7 @@ from postcopy_proto.userfault.descriptor import (
     NotRegisteredError,
     Userfaultfd,
 )
+from postcopy_proto.userfault.runs import Run, split_runs
 from postcopy_proto.userfault.staging import HostPage, Staging, address_of
 from postcopy_proto.userfault.statistics import FaultStatistics
 
@@ -56,25 +57,25 @@ class Placer:
         self._zeros = Staging(max(STAGING_SIZE, self._largest))
         self._host_pages: dict[Channel, HostPage] = {}
 
-    def check(self, pages: Pages, channel: Channel) -> GuestBlock:
-        """The batch's block, with every page known to be one of it (RemoteProtocolError)."""
+    def check(self, pages: Pages, channel: Channel) -> tuple[GuestBlock, list[Run]]:
+        """The batch's block and runs, with every page known to be one of it.
+
+        RemoteProtocolError when one is not.
+        """
         block = self._blocks.named(pages.block, "PAGE", channel)
-        size = self._page_size
-        offsets = pages.offsets
-        last = first = int(offsets[0])
-        misaligned = first % size
-        if len(offsets) > 1:
-            last = int(offsets.max())
-            misaligned = int(np.bitwise_or.reduce(offsets)) % size
-        if misaligned or pages.page_size != size or last + size > block.length:
-            raise RemoteProtocolError(
-                f"page at {last:#x} is no page of {size} bytes inside {block.idstr} of "
-                f"{block.length:#x} bytes",
-                kind=ErrorKind.RANGE,
-                channel=channel,
-                message="PAGE",
-            )
-        return block
+        size, length = self._page_size, block.length
+        runs = split_runs(pages)
+        wrong = pages.page_size != size
+        for run in runs:
+            if wrong or run.offset % size or run.offset + run.pages * size > length:
+                raise RemoteProtocolError(
+                    f"{run.pages} pages of {pages.page_size} bytes at {run.offset:#x} are no "
+                    f"pages of {size} bytes inside {block.idstr} of {length:#x} bytes",
+                    kind=ErrorKind.RANGE,
+                    channel=channel,
+                    message="PAGE",
+                )
+        return block, runs
 
     def write(self, block: GuestBlock, pages: Pages) -> None:
         """Precopy. Zero pages are written only where something else was."""
@@ -100,27 +101,31 @@ class Placer:
             block.region.write(offsets[written], sources, self._page_size)
         set_bits(block.received, numbers)
 
-    def place(self, uffd: Userfaultfd, block: GuestBlock, pages: Pages, channel: Channel) -> None:
+    def place(
+        self, uffd: Userfaultfd, block: GuestBlock, pages: Pages, runs: list[Run], channel: Channel
+    ) -> None:
         """Postcopy."""
         if block.host_page_size == self._page_size:
-            self._place_pages(uffd, block, pages)
+            self._place_pages(uffd, block, pages.data, runs)
         else:
-            self._place_host_pages(uffd, block, pages, channel)
+            self._place_host_pages(uffd, block, pages.data, runs, channel)
 
-    def _place_pages(self, uffd: Userfaultfd, block: GuestBlock, pages: Pages) -> None:
+    def _place_pages(
+        self, uffd: Userfaultfd, block: GuestBlock, data: memoryview, runs: list[Run]
+    ) -> None:
         """A host page is a target page."""
         size = self._page_size
-        base = _address_of(pages)
-        for first, count in _runs(pages):
-            page = int(pages.offsets[first]) // size
-            position = int(pages.positions[first])
-            stride = int(pages.positions[first + 1]) - position if count > 1 else size
+        base = address_of(data) if len(data) else 0
+        for offset, count, position, stride in runs:
+            page = offset // size
             if position < 0:
                 self.fill(uffd, block, page, count, None)
-            elif stride == size:
+            elif stride == size or count == 1:
+                if position + count * size > len(data):
+                    raise ValueError("a page of the batch ends after the batch's data")
                 self.fill(uffd, block, page, count, base + position)
             else:
-                self._place_strided(uffd, block, page, count, pages.data, position, stride)
+                self._place_strided(uffd, block, page, count, data, position, stride)
 
     def _place_strided(
         self,
@@ -141,19 +146,21 @@ class Placer:
             self.fill(uffd, block, page + done, rows, self._staging.address)
 
     def _place_host_pages(
-        self, uffd: Userfaultfd, block: GuestBlock, pages: Pages, channel: Channel
+        self,
+        uffd: Userfaultfd,
+        block: GuestBlock,
+        data: memoryview,
+        runs: list[Run],
+        channel: Channel,
     ) -> None:
         """Host pages of many target pages: collected per channel, placed when complete."""
         collector = self._host_pages.get(channel)
         if collector is None:
             collector = HostPage(self._largest, self._page_size, channel)
             self._host_pages[channel] = collector
-        size, host = self._page_size, block.host_page_size
-        for first, count in _runs(pages):
-            offset = int(pages.offsets[first])
-            position = int(pages.positions[first])
-            stride = int(pages.positions[first + 1]) - position if count > 1 else size
-            data = None if position < 0 else pages.data
+        size, host, ram = self._page_size, block.host_page_size, block.region.block
+        for offset, count, position, stride in runs:
+            content = None if position < 0 else data
             done = 0
             while done < count:
                 at = offset + done * size
@@ -161,7 +168,7 @@ class Placer:
                 within = (at - host_page) // size
                 part = min(count - done, host // size - within)
                 where = position + done * stride
-                if collector.add(block.region.block, host_page, within, part, data, where, stride):
+                if collector.add(ram, host_page, within, part, content, where, stride):
                     source = None if collector.all_zero else collector.address
                     self.fill(uffd, block, host_page // size, host // size, source)
                 done += part
@@ -241,11 +248,6 @@ class Placer:
         self._host_pages.clear()
         self._staging.close()
         self._zeros.close()
-
-
-def _runs(pages: Pages) -> Iterable[tuple[int, int]]:
-    """`pages.runs()`, without its cost for a single page: the one somebody waits for."""
-    return ((0, 1),) if len(pages) == 1 else pages.runs()
 
 
 def _address_of(pages: Pages) -> int:

@@ -91,6 +91,7 @@ class Migration:
             pushing = item is not None
             if item is not None:
                 self._place(*item)
+        self._place(self.guest.regions[0].block.idstr, 0)
 
     def _background(self, duplicates: float) -> Iterator[tuple[str, int]]:
         for idstr, pages in self.contents.items():
