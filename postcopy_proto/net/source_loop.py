@@ -24,6 +24,9 @@ from postcopy_proto.source import PageBatch, SourceConnection
 RECEIVE_BYTES = 65536
 """Most bytes read from the return path at once: some thousand requests."""
 
+LARGEST_BATCH = 512 * 1024
+"""Bytes of one background batch at most: what was read and is sent should stay in the cache."""
+
 QUIET_SECONDS = 0.02
 """Time without a request after which LATENCY mode works like THROUGHPUT: the first request after a
 quiet time may wait longer, the next ones do not."""
@@ -299,7 +302,7 @@ class _Pace:
     @property
     def batch_pages(self) -> int:
         """Pages of one background batch."""
-        return self._mode.value // TARGET_PAGE_SIZE
+        return min(self._mode.value, LARGEST_BATCH) // TARGET_PAGE_SIZE
 
     def update(self, requests: int) -> None:
         """Take note of how many requests have come so far."""

@@ -11,6 +11,7 @@ and the last record of a page wins, as it does when QEMU loads the file. The ind
 
     0     8   "PCINDEX1"
     8     8   file offset of a JSON text, big-endian
+    16    16  digest of the text
     4096  .   the array, little-endian
     .     .   the pages that were put together
     .     .   the text, to the end: what the index is of, and what it says beside the array
@@ -22,6 +23,7 @@ be deleted at any time. It is mapped, so that its size does not count: 2 GiB for
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -44,6 +46,7 @@ SUFFIX = ".postcopy-index"
 """appended to the save file's name"""
 
 MAGIC = b"PCINDEX1"
+HEAD_SIZE = 32
 ARRAY_AT = 4096
 
 TEXT_LIMIT = 4 << 20
@@ -146,10 +149,11 @@ def _load(path: Path, file: ReadOnlyFile, fingerprint: str, stream_at: int) -> I
     except OSError:
         return None
     try:
-        head = os.pread(descriptor, len(MAGIC) + 8, 0)
-        if head.startswith(MAGIC):
-            text_at = int.from_bytes(head[len(MAGIC) :], "big")
-            text = _parse(os.pread(descriptor, TEXT_LIMIT, text_at))
+        head = os.pread(descriptor, HEAD_SIZE, 0)
+        text_at = int.from_bytes(head[len(MAGIC) : len(MAGIC) + 8], "big")
+        encoded = os.pread(descriptor, TEXT_LIMIT, text_at)
+        if head == _head(encoded, text_at):
+            text = _parse(encoded)
             same = (text.size, text.mtime_ns, text.fingerprint, text.stream_at) == (
                 file.size,
                 file.mtime_ns,
@@ -162,6 +166,10 @@ def _load(path: Path, file: ReadOnlyFile, fingerprint: str, stream_at: int) -> I
         pass  # not an index, or not a whole one: it is made again
     os.close(descriptor)
     return None
+
+
+def _head(text: bytes, text_at: int) -> bytes:
+    return MAGIC + text_at.to_bytes(8, "big") + hashlib.blake2b(text, digest_size=16).digest()
 
 
 def _parse(text: bytes) -> IndexText:
@@ -302,7 +310,7 @@ class _Builder:
         text = self._text()
         encoded = json.dumps(asdict(text)).encode()
         os.pwrite(self._descriptor, encoded, text.text_at)
-        os.pwrite(self._descriptor, MAGIC + text.text_at.to_bytes(8, "big"), 0)
+        os.pwrite(self._descriptor, _head(encoded, text.text_at), 0)
         if self._partial is not None and self._path is not None:
             os.fsync(self._descriptor)
             self._partial.rename(self._path)

@@ -39,7 +39,7 @@ from postcopy_proto import messages as m
 from postcopy_proto.ramblock import IDSTR_MAX, TARGET_PAGE_SIZE, encode_idstr
 from postcopy_proto.wire import encode
 from postcopy_proto.wire.forward import RAM_IDSTR, RAM_VERSION
-from postcopy_proto.wire.pages import WORD_SIZE, encode_pages
+from postcopy_proto.wire.pages import CONTINUE, PAGE, WORD_SIZE, encode_pages
 
 GROUP_PAGES = 64
 """Pages that get their place in the file together: 256 KiB at a time when they come in order."""
@@ -89,6 +89,25 @@ class _Block:
         """File offset of a page's bytes; its group must have a place."""
         name = 0 if page % GROUP_PAGES else len(self.counted_name)
         return self.record_at(page) + WORD_SIZE + name
+
+    def are_records(
+        self, page: int, data: memoryview, position: int, stride: int, count: int
+    ) -> bool:
+        """Whether consecutive pages lie in `data` as the records that the file wants.
+
+        The first one's head does not matter. Pages of a stream mostly do: they came as records.
+        """
+        if count < 2 or stride != WORD_SIZE + self.page_size:
+            return False
+        heads = np.ndarray(count - 1, ">u8", data, position + self.page_size, (stride,))
+        offsets = np.arange(page + 1, page + count, dtype=np.uint64) * np.uint64(self.page_size)
+        return bool((heads == offsets | np.uint64(PAGE | CONTINUE)).all())
+
+    def head(self, page: int) -> bytes:
+        """What precedes a page's bytes in its record; a group's first record is named."""
+        named = page % GROUP_PAGES == 0
+        word = page * self.page_size | PAGE | (0 if named else CONTINUE)
+        return word.to_bytes(WORD_SIZE, "big") + (self.counted_name if named else b"")
 
 
 class SaveFileSink:
@@ -150,10 +169,13 @@ class SaveFileSink:
             position = int(pages.positions[first])
             if position >= 0:
                 stride = int(pages.positions[first + 1]) - position if count > 1 else size
-                rows: NDArray[np.uint8] = np.ndarray(
-                    (count, size), np.uint8, data, position, (stride, 1)
-                )
-                self._write(block, page, rows)
+                if block.are_records(page, data, position, stride, count):
+                    self._write_records(block, page, data, position, count)
+                else:
+                    rows: NDArray[np.uint8] = np.ndarray(
+                        (count, size), np.uint8, data, position, (stride, 1)
+                    )
+                    self._write(block, page, rows)
             block.received[page : page + count] = True
             block.written[page : page + count] = position >= 0
 
@@ -213,9 +235,7 @@ class SaveFileSink:
         """Write the records of consecutive pages, shape (n, page size), each group's in one go."""
         for first, end in _within_groups(page, page + len(rows)):
             group, slot = divmod(first, GROUP_PAGES)
-            if block.groups[group] < 0:
-                block.groups[group] = self._end
-                self._end += block.group_size(group)
+            self._place_group(block, group)
             records = encode_pages(
                 block.idstr,
                 np.arange(first, end, dtype=np.uint64) * np.uint64(block.page_size),
@@ -225,6 +245,34 @@ class SaveFileSink:
                 out=self._records,
             )
             _write_at(self._file, records, block.record_at(first))
+
+    def _write_records(
+        self, block: _Block, page: int, data: memoryview, position: int, count: int
+    ) -> None:
+        """Write consecutive pages that lie in `data` as records: as they are, but for the heads
+        of the first and of those that begin a group. One call for all groups that follow each
+        other in the file too."""
+        stride = WORD_SIZE + block.page_size
+        pieces: list[bytes | memoryview] = []
+        start = end = -1
+        for first, last in _within_groups(page, page + count):
+            self._place_group(block, first // GROUP_PAGES)
+            at = block.record_at(first)
+            if at != end:
+                _write_pieces(self._file, pieces, start)
+                pieces, start, end = [], at, at
+            head = block.head(first)
+            content = position + (first - page) * stride
+            length = (last - first) * stride - WORD_SIZE
+            pieces += [head, data[content : content + length]]
+            end += len(head) + length
+        _write_pieces(self._file, pieces, start)
+
+    def _place_group(self, block: _Block, group: int) -> None:
+        """Set the group's place aside, if it has none yet."""
+        if block.groups[group] < 0:
+            block.groups[group] = self._end
+            self._end += block.group_size(group)
 
     def _read(self, block: _Block, page: int, count: int) -> NDArray[np.uint8]:
         """The content of consecutive pages of one group, shape (count, page size)."""
@@ -307,6 +355,12 @@ def _within_groups(first: int, end: int) -> Iterator[tuple[int, int]]:
         until = min((first // GROUP_PAGES + 1) * GROUP_PAGES, end)
         yield first, until
         first = until
+
+
+def _write_pieces(descriptor: int, pieces: list[bytes | memoryview], offset: int) -> None:
+    size = sum(map(len, pieces))
+    if pieces and os.pwritev(descriptor, pieces, offset) < size:
+        _write_at(descriptor, memoryview(b"".join(pieces)), offset)
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
