@@ -1,6 +1,6 @@
 """CONFIGURATION: what both ends must agree on, directly behind the file header.
 
-QEMU: hw/core/machine.c and migration/savevm.c `vmstate_configuration`; subsections by
+QEMU: migration/savevm.c `vmstate_configuration`, `configuration_post_load`; subsections by
 migration/vmstate.c `vmstate_subsection_save`, `vmstate_subsection_load`. All integers big-endian.
 
     0    1  0x07, QEMU_VM_CONFIGURATION

@@ -20,7 +20,7 @@ from construct import (
 
 from postcopy_proto.errors import ErrorKind, RemoteProtocolError
 from postcopy_proto.messages import Message
-from postcopy_proto.ramblock import decode_idstr, encode_idstr
+from postcopy_proto.ramblock import IDSTR_MAX, decode_idstr, encode_idstr
 
 M = TypeVar("M", bound=Message)
 
@@ -34,7 +34,7 @@ def checked_idstr(raw: bytes | memoryview, limit: int) -> str:
     """A peer's name: 1 to `limit` bytes without a NUL; RemoteProtocolError otherwise."""
     name = bytes(raw)
     if not name:
-        raise malformed("a name of 0 bytes; 1 to 255 are allowed")
+        raise malformed(f"a name of 0 bytes; 1 to {IDSTR_MAX} are allowed")
     if len(name) > limit:
         raise RemoteProtocolError(
             f"a name of {len(name)} bytes; the limit is {limit}", kind=ErrorKind.LIMIT
@@ -48,7 +48,7 @@ class IdstrAdapter(Adapter):  # type: ignore[misc]
     """A name as str; see `ramblock.encode_idstr` for what a name may be."""
 
     def _decode(self, obj: bytes, context: Any, path: Any) -> str:
-        return checked_idstr(obj, 255)
+        return checked_idstr(obj, IDSTR_MAX)
 
     def _encode(self, obj: str, context: Any, path: Any) -> bytes:
         return encode_idstr(obj)

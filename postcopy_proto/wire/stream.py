@@ -1,8 +1,8 @@
 """The stream's envelope: file header, section headers and footers, EOF, VMDESCRIPTION.
 
 QEMU: migration/savevm.c `qemu_savevm_state_header`, `save_section_header`, `save_section_footer`,
-`qemu_loadvm_state_main`, `check_section_footer`; numbers from migration/qemu-file-types and
-savevm.h (QEMU_VM_*). All integers big-endian, n bytes of name.
+`qemu_loadvm_state_main`, `check_section_footer`; numbers QEMU_VM_* from migration/savevm.h. All
+integers big-endian, n bytes of name.
 
     file header                          every stream but a recovery
     0    4  0x5145564d, QEMU_VM_FILE_MAGIC ("QEVM")
