@@ -31,7 +31,7 @@ OF_CHANNEL = {
 def write(directory: Path) -> dict[str, int]:
     """Write the inputs of every target to a directory of its name; how many there are."""
     inputs: dict[str, set[bytes]] = {target: set() for target in TARGETS}
-    for vector in vectors.load():
+    for vector in vectors.load() + vectors.load_sessions():
         for target in OF_CHANNEL[vector.channel]:
             for how in (STRICT | 7, STRICT | SMALL_PAGES, KNOWN_BLOCKS | 3):
                 inputs[target].add(bytes([how]) + vector.data[:LARGEST])

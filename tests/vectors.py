@@ -59,7 +59,16 @@ class Vector:
 
 
 def load() -> list[Vector]:
-    """All vectors of all files."""
+    """All vectors of all channels."""
+    return [vector for vector in _load_all() if "role" not in vector.options]
+
+
+def load_sessions() -> list[Vector]:
+    """The vectors that a whole connection reads."""
+    return [vector for vector in _load_all() if "role" in vector.options]
+
+
+def _load_all() -> list[Vector]:
     return [
         _vector(path.stem, raw)
         for path in sorted(DIRECTORY.glob("*.json"))
@@ -73,7 +82,7 @@ def _vector(stem: str, raw: dict[str, Any]) -> Vector:
         name=f"{stem}/{raw['name']}",
         channel=Channel(raw["channel"]),
         data=assemble(raw["hex"]),
-        events=tuple(raw["events"]),
+        events=tuple(raw.get("events", ())),
         error=ErrorKind(raw["error"]) if "error" in raw else None,
         ends=raw.get("ends"),
         options={key: value for key, value in raw.items() if key not in known},
