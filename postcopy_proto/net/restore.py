@@ -133,12 +133,14 @@ class Restore:
 
     def _advice(self) -> str:
         """What to look at, by how far the destination had come."""
-        if self._connection.requests == 0 and self._connection.owed:
+        sent_at = self._loop.statistics.package_at
+        if sent_at is None or (self._connection.requests == 0 and self._connection.owed):
             machine = self._vm.configuration.machine
             return (
                 "it has not run the VM. Check what QEMU printed, and that it has the machine type "
-                f"{machine}, the same devices and memory as the saved VM, and the capability "
-                "postcopy-ram, which must be set before migrate-incoming"
+                f"{machine}, the same devices and memory as the saved VM (--page-size, if that is "
+                "on huge pages), and the capability postcopy-ram, which must be set before "
+                "migrate-incoming"
             )
         if self._connection.owed:
             return (

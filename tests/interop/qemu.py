@@ -205,8 +205,11 @@ class Lab:
     directory: Path = field(init=False)
 
     def __enter__(self) -> Lab:
-        # Socket paths have at most 107 bytes: no deep test directories.
-        self.directory = Path(tempfile.mkdtemp(prefix="pc-", dir="/tmp"))
+        # Socket paths have at most 107 bytes: no deep test directories. In memory where possible:
+        # guests are dumped and saved here.
+        shared = Path("/dev/shm")
+        parent = shared if os.access(shared, os.W_OK) else Path("/tmp")
+        self.directory = Path(tempfile.mkdtemp(prefix="pc-", dir=parent))
         return self
 
     def __exit__(self, *_: object) -> None:
