@@ -6,7 +6,7 @@ import argparse
 import sys
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from postcopy_proto.cli import output
 from postcopy_proto.cli.arguments import positive
@@ -14,19 +14,12 @@ from postcopy_proto.errors import Channel, RemoteProtocolError
 
 if TYPE_CHECKING:
     from postcopy_proto.cli.capture.latency import Index
+    from postcopy_proto.cli.capture.order import Consumer
     from postcopy_proto.cli.capture.reading import Capture
     from postcopy_proto.cli.main import Subparsers
-    from postcopy_proto.messages import Message
 
 AUTO = "auto"
 CHANNELS = (Channel.FORWARD, Channel.RETURN, Channel.PREEMPT)
-
-
-class Consumer(Protocol):
-    """What events are given to."""
-
-    def add(self, offset: int, message: Message) -> None:
-        """Take an event that begins at `offset` of its channel."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -47,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--pages", action="store_true", help="a line for each page, not each run")
     parser.add_argument("--json", action="store_true", help="JSON; an object a line for events")
     parser.add_argument(
-        "--strict", action="store_true", help="refuse messages that are in no table"
+        "--strict", action="store_true", help="refuse messages that are in no table or out of order"
     )
     parser.add_argument("--summary", action="store_true", help="counts instead of events")
     join = parser.add_argument_group(
@@ -187,8 +180,11 @@ def feed(
 
     The consumer may raise RemoteProtocolError too: about what an event holds.
     """
+    from postcopy_proto.cli.capture.order import InOrder
     from postcopy_proto.cli.capture.reading import decoder_for
 
+    if strict and channel is Channel.FORWARD:
+        consumer = InOrder(consumer)
     decoder = decoder_for(channel, strict=strict)
     total = 0
     with output.progress("decoding", capture.total, enabled=bar) as moved_to:

@@ -17,6 +17,7 @@ import zstandard
 
 from postcopy_proto import messages as m
 from postcopy_proto.cli import output
+from postcopy_proto.cli.capture.reading import detect_channel
 from postcopy_proto.cli.main import main
 from postcopy_proto.wire import encode
 
@@ -167,6 +168,18 @@ def test_unknown_commands_pass_unless_strict(tmp_path, capsys):
     code, document, errors = summary_of(data, tmp_path, capsys, "--strict")
     assert (code, document["commands"]) == (1, {"POSTCOPY_RESUME": 1})
     assert "0x63 is unknown" in errors
+
+
+def test_order_is_checked_when_strict(tmp_path, capsys):
+    data = b"".join(
+        encode(x)
+        for x in (m.StreamHeader(), m.Configuration("pc"), m.PostcopyListen(), m.Ping(1), m.Eof())
+    )
+    code, document, _ = summary_of(data, tmp_path, capsys)
+    assert (code, document["commands"]) == (0, {"POSTCOPY_LISTEN": 1, "PING": 1})
+    code, document, errors = summary_of(data, tmp_path, capsys, "--strict")
+    assert (code, document["commands"]) == (1, {})
+    assert "offset 0xf, state NONE, POSTCOPY_LISTEN: not allowed here; expected one of:" in errors
 
 
 # ---- events
@@ -480,6 +493,29 @@ def test_memory_stays_constant(tmp_path):
     assert process.returncode == 0
     assert json.loads(out)["blocks"]["pc.ram"]["pages"] == pages
     assert int(errors) < 128 << 10
+
+
+@pytest.mark.parametrize(
+    ("head", "channel"),
+    [
+        ("", "forward"),
+        ("51", "forward"),
+        ("08", "forward"),
+        ("08000a", "forward"),
+        ("0002", "return"),
+        ("000200", "return"),
+        ("00030014", "return"),
+        ("00080000", "forward"),
+        ("0000", "preempt"),
+        ("000000000016", "preempt"),
+        ("0000000000162008", "preempt"),
+        ("0000000000000010", "preempt"),
+        ("11223344", "forward"),
+        ("00020fff", "forward"),
+    ],
+)
+def test_channels_are_told_by_their_first_bytes(head, channel):
+    assert detect_channel(bytes.fromhex(head)) == channel
 
 
 def test_missing_file(capsys):

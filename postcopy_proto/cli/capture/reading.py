@@ -17,7 +17,6 @@ from typing import Any
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
 from postcopy_proto.wire import ForwardDecoder, PreemptDecoder, ReturnPathDecoder
 from postcopy_proto.wire.limits import Limits
-from postcopy_proto.wire.pages import CONTINUE, EOS, PAGE, ZERO
 from postcopy_proto.wire.return_path import MigRpMsg
 
 CHUNK = 1 << 20
@@ -26,7 +25,6 @@ CHUNK = 1 << 20
 STDIN = "-"
 _MAGIC_BYTES = 6
 _WORD_BYTES = 8
-_TARGET_PAGE_FLAGS = 0xFFF
 
 
 class Capture:
@@ -100,9 +98,7 @@ def detect_channel(head: bytes) -> Channel:
     if len(head) < 2 or head[0]:
         return Channel.FORWARD
     if head[1] == 0:
-        flags = int.from_bytes(head, "big") & _TARGET_PAGE_FLAGS & ~CONTINUE
-        whole = len(head) == _WORD_BYTES
-        return Channel.PREEMPT if not whole or flags in (PAGE, ZERO, EOS) else Channel.FORWARD
+        return Channel.PREEMPT
     length = int.from_bytes(head[2:4], "big")
     if head[1] <= max(MigRpMsg) and length <= Limits().return_path_bytes:
         return Channel.RETURN
