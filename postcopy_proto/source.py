@@ -53,6 +53,9 @@ RAM_SECTION_ID = 2
 """The section id that RAM has in stock streams of 5.2 and 7.2. Never 0: a destination's search
 for a section may then end at another handler (wire: SECTION_PART)."""
 
+PING_LOADED = 3
+"""The ping behind the device state in the package: its answer says that all of it was loaded."""
+
 REQUEST_QUEUE_LIMIT = 65536
 """Requests that may wait at once: far more than any VM has vCPUs to fault with, and few enough to
 bound what a peer can make us hold. QEMU has no limit."""
@@ -208,7 +211,7 @@ class SourceConnection:
         content = (
             m.PostcopyListen(),
             *([m.DeviceState(device_state)] if device_state else []),
-            m.Ping(3),
+            m.Ping(PING_LOADED),
             m.PostcopyRun(),
         )
         package = m.Packaged(b"".join(encode(item) for item in content))

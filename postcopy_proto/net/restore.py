@@ -133,8 +133,7 @@ class Restore:
 
     def _advice(self) -> str:
         """What to look at, by how far the destination had come."""
-        sent_at = self._loop.statistics.package_at
-        if sent_at is None or (self._connection.requests == 0 and self._connection.owed):
+        if self._loop.statistics.loaded_at is None:
             machine = self._vm.configuration.machine
             return (
                 "it has not run the VM. Check what QEMU printed, and that it has the machine type "

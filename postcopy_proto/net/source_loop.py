@@ -19,7 +19,7 @@ from postcopy_proto import messages as m
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
 from postcopy_proto.net.transport import TransferMode, TransportError
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE
-from postcopy_proto.source import PageBatch, SourceConnection
+from postcopy_proto.source import PING_LOADED, PageBatch, SourceConnection
 
 RECEIVE_BYTES = 65536
 """Most bytes read from the return path at once: some thousand requests."""
@@ -47,6 +47,8 @@ class SourceStatistics:
     """target pages sent because they were asked for"""
     started_at: float = field(default_factory=time.monotonic)
     package_at: float | None = None
+    loaded_at: float | None = None
+    """when the destination had loaded the device state and was about to run the VM"""
     first_request_at: float | None = None
     ended_at: float | None = None
     request_latency_ns: array.array[int] = field(default_factory=lambda: array.array("q"))
@@ -251,6 +253,8 @@ class SourceLoop:
         now = time.monotonic_ns()
         self._connection.receive_data(data)
         while not isinstance(event := self._connection.next_event(), m.NeedData | m.EndOfStream):
+            if event == m.Pong(PING_LOADED):
+                self.statistics.loaded_at = now / 1e9
             if isinstance(event, m.ReqPages | m.ReqPagesId):
                 self._asked_at[self._numbered] = now
                 self._numbered += 1
