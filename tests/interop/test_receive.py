@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.interop.guest import MIB, Guest, assert_unbroken
+from tests.interop.guest import MIB, Guest, assert_same_memory, assert_unbroken
 from tests.interop.qemu import HUGEPAGE, Lab, Qemu
 from tests.interop.receive import Receiver
 
@@ -37,7 +36,7 @@ def loads_and_goes_on(lab: Lab, source: Qemu, file: Path, **machine: bool) -> No
         source.binary, source.guest, incoming=f"exec:cat {file}", paused=True, **machine
     )
     paused.wait_migration("completed")
-    np.testing.assert_array_equal(paused.memory(), before)
+    assert_same_memory(paused.memory(), before)
     running = lab.start(source.binary, source.guest, incoming=f"exec:cat {file}", **machine)
     running.wait_letters(3)
     assert_unbroken(source.serial, running.serial)
@@ -108,7 +107,7 @@ def test_a_guest_on_huge_pages(lab: Lab, qemu_binary: str, repeat: int) -> None:
     source.kill()  # its huge pages are needed for the next one
     paused = lab.start(qemu_binary, GUEST, incoming=f"exec:cat {file}", paused=True, hugepages=True)
     paused.wait_migration("completed")
-    np.testing.assert_array_equal(paused.memory(), before)
+    assert_same_memory(paused.memory(), before)
 
 
 def test_a_source_that_dies_leaves_no_file(lab: Lab, qemu_binary: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from postcopy_proto import messages as m
 from postcopy_proto.savefile.writer import SaveFileSink
 from postcopy_proto.wire import ForwardDecoder
-from tests.interop.guest import assert_unbroken
+from tests.interop.guest import assert_same_memory, assert_unbroken
 from tests.interop.qemu import Lab
 
 pytestmark = pytest.mark.qemu
@@ -47,7 +47,7 @@ def test_rewritten_in_another_order(lab: Lab, qemu_binary: str) -> None:
 
     paused = lab.start(qemu_binary, incoming=f"exec:cat {ours}", paused=True)
     paused.wait_migration("completed")
-    np.testing.assert_array_equal(paused.memory(), source.memory())
+    assert_same_memory(paused.memory(), source.memory())
     running = lab.start(qemu_binary, incoming=f"exec:cat {ours}")
     running.wait_letters(3)
     assert_unbroken(source.serial, running.serial)
