@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.interop.guest import Guest, assert_unbroken
+from tests.interop.guest import Guest, assert_same_memory, assert_unbroken
 from tests.interop.qemu import HUGEPAGE, Lab
 
 pytestmark = pytest.mark.qemu
@@ -23,7 +23,7 @@ def test_save_and_full_load(lab: Lab, qemu_binary: str) -> None:
 
     paused = lab.start(qemu_binary, incoming=f"exec:cat {file}", paused=True)
     paused.wait_migration("completed")
-    np.testing.assert_array_equal(paused.memory(), before)
+    assert_same_memory(paused.memory(), before)
 
     running = lab.start(qemu_binary, incoming=f"exec:cat {file}")
     running.wait_letters(3)

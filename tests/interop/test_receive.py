@@ -20,7 +20,7 @@ def postcopy(source: Qemu, address: str, *, precopy_first: bool = False) -> None
     """What the operator does at the source: postcopy from the first page, or after one pass."""
     source.capabilities(postcopy_ram=True)
     # Slow, and with little downtime allowed, so that the source does not finish as precopy.
-    source.parameters(max_bandwidth=30_000_000 if precopy_first else 100_000, downtime_limit=1)
+    source.parameters(max_bandwidth=5_000_000 if precopy_first else 100_000, downtime_limit=1)
     source.migrate(address)
     if precopy_first:
         deadline = time.monotonic() + 20
@@ -67,7 +67,7 @@ def test_with_real_faults(lab: Lab, qemu_binary: str, transport: str, repeat: in
 
 
 def test_into_a_file_alone(lab: Lab, qemu_binary: str, repeat: int) -> None:
-    source = lab.start(qemu_binary, GUEST)
+    source = lab.start(qemu_binary, Guest(fill_end=6 * MIB))
     source.wait_letters(2)
     file = lab.path("save")
     receiver = Receiver.start(f"unix:{lab.path('s')}", file)
