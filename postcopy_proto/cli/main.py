@@ -7,6 +7,7 @@ sets `run` on it: a function that takes the parsed arguments and returns the exi
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from postcopy_proto.errors import PostcopyError
 if TYPE_CHECKING:
     Subparsers: TypeAlias = argparse._SubParsersAction[Any]
 
-COMMANDS: tuple[str, ...] = ("probe", "demo", "receive", "restore", "decode")
+COMMANDS: tuple[str, ...] = ("probe", "demo", "receive", "restore", "run", "decode")
 """the subcommands, by the names of their modules, in the order in which the help lists them"""
 
 TRACE_LOGGER = "postcopy_proto.trace"
@@ -54,6 +55,9 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a peer's names may be in any script
     # Only the command that was asked for is imported; all of them only to be listed.
     asked = next((argument for argument in arguments if not argument.startswith("-")), None)
     wanted = (asked,) if asked in COMMANDS else COMMANDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import signal
 import subprocess
 import sys
@@ -129,6 +130,14 @@ def test_every_cut_of_a_return_path_counts_whole_messages(tmp_path, capsys):
         assert seen <= total <= seen + 1
         seen = total
     assert seen == sum(EXPECTED["11.1-immediate-return"]["messages"].values())
+
+
+@pytest.mark.parametrize(("lacking", "ended"), [(1, "eof"), (1000, "eof"), (110_000, "cut")])
+def test_cut_save_file(lacking, ended, tmp_path, capsys):
+    """In the description EOF has been read; in the device sections before it nobody can tell."""
+    code, document, _ = summary_of(load("7.2-precopy-only-forward")[:-lacking], tmp_path, capsys)
+    assert (code, document["ended"]) == (0, ended)
+    assert document["blocks"] == EXPECTED["7.2-precopy-only-forward"]["blocks"]
 
 
 def test_cut_preempt_capture(tmp_path, capsys):
@@ -291,6 +300,14 @@ def test_names_cannot_drive_the_terminal(tmp_path, capsys):
     assert "\\x1b]0;gotcha\\x07\\udcff" in text
     assert text.isascii()
     assert "\x1b" not in text
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    path = tmp_path / "capture.bin"
+    path.write_bytes(encode(m.RecvBitmap("ram/ü")) + encode(m.Eof()))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*POSTCOPY, path], capture_output=True, env=environment, check=True)
+    assert b"ram/\\xfc" in done.stdout
 
 
 # ---- both directions

@@ -15,6 +15,8 @@ from postcopy_proto.wire.commands import MigCmd
 
 Document = dict[str, Any]
 
+_IN_DESCRIPTION = f"inside {m.VmDescription.NAME}"
+
 
 class ForwardSummary:
     """Counts of a forward channel. Only records that arrived whole are counted."""
@@ -59,6 +61,8 @@ class ForwardSummary:
                 self._add_package(payload)
             case m.Eof():
                 self._ended = "eof"
+            case m.EndOfStream(detail=detail) if detail.startswith(_IN_DESCRIPTION):
+                self._ended = "eof"  # which precedes the description that broke off
             case _:
                 pass
 
