@@ -16,7 +16,7 @@ BITS = 64
 _LITTLE_WORD = np.dtype("<u8")
 _EVERY = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
-CHUNK_WORDS = 1 << 14
+CHUNK_WORDS = 1 << 18
 """Words that are looked at together, 128 KiB: see edges.py."""
 
 
@@ -34,7 +34,7 @@ class Words:
             first // 8 : -(-(first + count) // 8)
         ]
         self._shift = first % 8
-        self._pages = count
+        self.pages = count
 
     @staticmethod
     def step(pages: int = 1) -> int:
@@ -43,7 +43,7 @@ class Words:
 
     def chunk(self, start: int, stop: int) -> Words64:
         """The words [start, stop), not to be written to."""
-        if self._shift or stop * BITS > self._pages:
+        if self._shift or stop * BITS > self.pages:
             return self.copy_of(start, stop)
         piece: Words64 = self._bytes[8 * start : 8 * stop].view(_LITTLE_WORD)
         return piece if piece.flags.aligned else piece.copy()
@@ -57,7 +57,7 @@ class Words:
         if self._shift:
             words >>= np.uint64(self._shift)
             words |= raw[8::8].astype(np.uint64) << np.uint64(BITS - self._shift)
-        beyond = stop * BITS - self._pages
+        beyond = stop * BITS - self.pages
         if beyond > 0:
             words[-1] &= _EVERY >> np.uint64(beyond)
         return words
