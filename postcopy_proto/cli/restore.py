@@ -174,6 +174,7 @@ def deliver(
         output.print_json(document(statistics))
     else:
         _print(statistics)
+    sys.stdout.flush()  # `run` has a VM to wait for before it ends
 
 
 def document(statistics: SourceStatistics) -> dict[str, Any]:
