@@ -31,8 +31,9 @@ def launched(
 ) -> Iterator[tuple[subprocess.Popen[bytes], Monitor]]:
     """A QEMU of this command line, waiting for a VM, and a monitor of it.
 
-    Input and output are ours, unless `detach` puts it out of the terminal's reach. It is ended when the block is left by an exception, and stays
-    otherwise. LaunchError when it does not come up.
+    Input and output are ours, unless `detach` puts it out of the terminal's reach. It is ended
+    when the block is left by an exception, and stays otherwise. LaunchError when it does not come
+    up.
     """
     with tempfile.TemporaryDirectory(prefix="postcopy-") as directory:
         path = Path(directory) / "qmp"
