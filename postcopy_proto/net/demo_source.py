@@ -52,7 +52,10 @@ class DemoPlan:
 
 
 class LiveMemory:
-    """A `PageStore` over memory of this process: one writable array a block."""
+    """A `PageStore` over memory of this process: one writable array a block.
+
+    Pages are asked for in ascending order, as `SourceConnection` does.
+    """
 
     def __init__(self, blocks: Sequence[tuple[RAMBlock, NDArray[np.uint8]]]) -> None:
         self.blocks = [block for block, _ in blocks]
@@ -60,13 +63,22 @@ class LiveMemory:
 
     def zero_pages(self, block: str, pages: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Which of these pages hold only zeros, shape (n,)."""
-        words = self.pages[block].view(np.uint64)
-        zero: NDArray[np.bool_] = np.logical_not(words[pages].any(axis=1))
+        words = self._rows(block, pages).view(np.uint64)
+        zero: NDArray[np.bool_] = words[:, 0] == 0
+        # Only a page that begins with zeros is looked at whole.
+        zero[zero] = np.logical_not(words[zero].any(axis=1))
         return zero
 
     def read_pages(self, block: str, pages: NDArray[np.intp]) -> NDArray[np.uint8]:
         """The pages' bytes, shape (n, 4096)."""
-        return self.pages[block][pages]
+        return self._rows(block, pages)
+
+    def _rows(self, block: str, pages: NDArray[np.intp]) -> NDArray[np.uint8]:
+        """Those rows of the block; without a copy where they follow each other."""
+        rows, count = self.pages[block], len(pages)
+        if count and int(pages[-1]) - int(pages[0]) == count - 1:
+            return rows[int(pages[0]) : int(pages[-1]) + 1]
+        return rows[pages]
 
 
 def fill(memory: NDArray[np.uint8], random: np.random.Generator) -> None:

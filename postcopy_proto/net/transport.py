@@ -30,7 +30,7 @@ class TransferMode(Enum):
     """
 
     LATENCY = 64 * 1024
-    THROUGHPUT = 1024 * 1024
+    THROUGHPUT = 2 * 1024 * 1024
 
 
 class TransportError(PostcopyError):
