@@ -136,7 +136,6 @@ def test_restored_to_an_address(
     assert result["pages"] >= (guest.fill_end - guest.fill_start) // 4096
     # All of RAM, and the few blocks that hold ROMs and tables.
     assert 128 * 256 < result["pages"] + result["zero_pages"] < 128 * 256 + 1000
-    assert result["requests"] > 0
     assert result["seconds_to_package"] < result["seconds"]
 
 

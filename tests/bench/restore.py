@@ -1,0 +1,208 @@
+"""`postcopy restore` against what stock QEMU does itself, pair by pair.
+
+    python -m tests.bench.restore [--sizes 128,1024,4096] [--pairs N] [--qemu PATH] [--json]
+
+first output    from connecting to the guest's first letter at the destination, the index cached,
+                against an ordinary load of the same file (-incoming exec:cat) in the same run
+drain           all of RAM into a stopped VM: our source against a stock source
+demand          mean fault latency as the destination's postcopy-blocktime sees it, nothing in
+                background: our source against a stock source with preempt (QEMU 10.1 and later)
+memory          our process's anonymous memory at the end
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from postcopy_proto.net.restore import RestoreOptions, restore
+from postcopy_proto.net.transport import parse_address
+from postcopy_proto.savefile import open_saved_vm
+from tests.interop.guest import MIB, Guest
+from tests.interop.qemu import Lab, Qemu, binaries, version_of
+
+SMALL_WALK = MIB + (64 << 10)
+"""where the guest's counted range ends: few pages, so that its first letter is not a walk"""
+
+
+def filled(memory_mib: int, **arguments: Any) -> Guest:
+    """A guest whose RAM is full of random words."""
+    return Guest(
+        dirty_end=SMALL_WALK, fill_end=(memory_mib - 4) * MIB, ticks=1,
+        **{"verify": False, **arguments},
+    )  # fmt: skip
+
+
+def save(lab: Lab, binary: str, guest: Guest, memory_mib: int) -> Path:
+    source = lab.start(binary, guest, memory_mib=memory_mib)
+    source.wait_letters(1, timeout=300)
+    source.stop()
+    source.save(lab.path("vm"))
+    source.kill()
+    open_saved_vm(lab.path("vm")).close()
+    return lab.path("vm")
+
+
+def _restore(path: Path, address: str, options: RestoreOptions, answers: Any) -> None:
+    vm = open_saved_vm(path)
+    sent = restore(vm, parse_address(address), options=options)
+    status = Path("/proc/self/status").read_text().splitlines()
+    memory = {line.split(":")[0]: int(line.split()[1]) for line in status if line.startswith("Rss")}
+    answers.put((sent.started_at, sent.ended_at, sent.bytes, memory["RssAnon"] / 1024))
+
+
+def restored(
+    path: Path,
+    address: str,
+    options: RestoreOptions,
+    watch: Callable[[], object] = lambda: None,
+) -> tuple[float, float, int, float]:
+    """Our restore in a process of its own: start, end, bytes, MiB of anonymous memory."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=_restore, args=(path, address, options, answers))
+    process.start()
+    watch()
+    answer: tuple[float, float, int, float] = answers.get(timeout=300)
+    process.join()
+    return answer
+
+
+def listening(lab: Lab, binary: str, guest: Guest, memory_mib: int, *, paused: bool) -> Qemu:
+    qemu = lab.start(binary, guest, memory_mib=memory_mib, incoming="defer", paused=paused)
+    qemu.capabilities(postcopy_ram=True)
+    qemu.incoming(f"unix:{qemu.directory / 'in'}")
+    return qemu
+
+
+def first_letter(qemu: Qemu) -> float:
+    while not qemu.serial:
+        time.sleep(0.0005)
+    return time.monotonic()
+
+
+def first_output(lab: Lab, binary: str, guest: Guest, memory_mib: int, path: Path) -> Any:
+    qemu = listening(lab, binary, guest, memory_mib, paused=False)
+    seen: list[float] = []
+    started, ended, _, rss = restored(
+        path, f"unix:{qemu.directory / 'in'}", RestoreOptions(),
+        lambda: seen.append(first_letter(qemu)),
+    )  # fmt: skip
+    qemu.kill()
+    full = lab.start(binary, guest, memory_mib=memory_mib, incoming="defer")
+    full_started = time.monotonic()
+    full.incoming(f"exec:cat {path}")
+    # A VM that was saved while it was stopped does not start by itself.
+    full.wait_migration("completed", timeout=300)
+    full.cont()
+    full_seen = first_letter(full)
+    full.kill()
+    return {
+        "lazy_ms": (seen[0] - started) * 1000,
+        "full_ms": (full_seen - full_started) * 1000,
+        "lazy_all_s": ended - started,
+        "rss_anon_mib": rss,
+    }
+
+
+def stock_postcopy(
+    lab: Lab, binary: str, guest: Guest, memory_mib: int, path: Path, *, demand: bool
+) -> tuple[float, int, dict[str, Any]]:
+    """Seconds, bytes, and the destination's account of a stock source that has the same VM."""
+    source = lab.start(binary, guest, memory_mib=memory_mib, incoming=f"exec:cat {path}")
+    source.wait_migration("completed", timeout=300)
+    target = lab.start(binary, guest, memory_mib=memory_mib, incoming="defer", paused=not demand)
+    source.capabilities(postcopy_ram=True, **({"postcopy_preempt": True} if demand else {}))
+    if demand:
+        target.capabilities(postcopy_ram=True, postcopy_preempt=True, postcopy_blocktime=True)
+        source.parameters(max_postcopy_bandwidth=1)
+    else:
+        target.capabilities(postcopy_ram=True)
+    target.incoming(f"unix:{target.directory / 'in'}")
+    source.parameters(max_bandwidth=1, downtime_limit=1)
+    started = time.monotonic()
+    source.migrate(f"unix:{target.directory / 'in'}")
+    source.qmp.execute("migrate-start-postcopy")
+    if demand:
+        target.wait_letters(2, timeout=120)
+        source.parameters(max_postcopy_bandwidth=0)
+    source.wait_migration("completed", timeout=300)
+    seconds = time.monotonic() - started
+    target.wait_migration("completed")
+    account, sent = target.migration, source.migration["ram"]["transferred"]
+    source.kill()
+    target.kill()
+    return seconds, sent, account
+
+
+def drain(lab: Lab, binary: str, guest: Guest, memory_mib: int, path: Path) -> Any:
+    qemu = listening(lab, binary, guest, memory_mib, paused=True)
+    started, ended, sent, _ = restored(path, f"unix:{qemu.directory / 'in'}", RestoreOptions())
+    qemu.kill()
+    seconds, stock_sent, _ = stock_postcopy(lab, binary, guest, memory_mib, path, demand=False)
+    ours, stock = sent / (ended - started) / 1e9, stock_sent / seconds / 1e9
+    return {"ours_gb_per_s": ours, "stock_gb_per_s": stock, "ratio": ours / stock}
+
+
+def demand(lab: Lab, binary: str, guest: Guest, memory_mib: int, path: Path) -> Any:
+    qemu = lab.start(binary, guest, memory_mib=memory_mib, incoming="defer")
+    qemu.capabilities(postcopy_ram=True, postcopy_blocktime=True)
+    qemu.incoming(f"unix:{qemu.directory / 'in'}")
+    options = RestoreOptions(bandwidth=0, drain_after=4)
+    restored(path, f"unix:{qemu.directory / 'in'}", options)
+    qemu.wait_migration("completed")
+    ours = qemu.migration["postcopy-latency"]
+    qemu.kill()
+    _, _, account = stock_postcopy(lab, binary, guest, memory_mib, path, demand=True)
+    stock = account["postcopy-latency"]
+    return {"ours_us": ours / 1000, "stock_us": stock / 1000, "ratio": ours / stock}
+
+
+def medians(results: list[dict[str, float]]) -> dict[str, float]:
+    return {key: round(statistics.median(r[key] for r in results), 3) for key in results[0]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", default="128,1024", help="MiB of RAM, comma-separated")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--qemu", default=None)
+    parser.add_argument("--parts", default="first,drain,demand")
+    args = parser.parse_args()
+    binary = args.qemu or binaries()[0]
+    sizes = [int(size) for size in args.sizes.split(",")]
+    report: dict[str, Any] = {"qemu": version_of(binary)}
+    with tempfile.TemporaryDirectory() as images:
+        for size in sizes if "first" in args.parts else []:
+            with Lab(Path(images)) as lab:
+                guest = filled(size)
+                path = save(lab, binary, guest, size)
+                runs = [first_output(lab, binary, guest, size, path) for _ in range(args.pairs)]
+                report[f"first output, {size} MiB"] = medians(runs)
+        if "drain" in args.parts:
+            with Lab(Path(images)) as lab:
+                guest = filled(sizes[-1])
+                path = save(lab, binary, guest, sizes[-1])
+                runs = [drain(lab, binary, guest, sizes[-1], path) for _ in range(args.pairs)]
+                report[f"drain, {sizes[-1]} MiB"] = medians(runs)
+        if "demand" in args.parts and float(version_of(binary)) > 10:
+            with Lab(Path(images)) as lab:
+                guest = Guest(dirty_end=SMALL_WALK, fill_end=20 * MIB, ticks=1)
+                path = save(lab, binary, guest, 64)
+                runs = [demand(lab, binary, guest, 64, path) for _ in range(args.pairs)]
+                report["demand"] = medians(runs)
+    json.dump(report, sys.stdout, indent=2)
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
