@@ -28,7 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "decode",
         help="tell what a capture or a save file holds",
         description="Tell what a capture of a migration or a QEMU save file holds, event by event "
-        "or counted. Files packed with xz, gzip or zstd are unpacked.",
+        "or counted. Files packed with xz, gzip, bzip2 or zstd are unpacked.",
     )
     parser.add_argument("file", metavar="FILE", help="capture or save file; - is standard input")
     parser.add_argument(

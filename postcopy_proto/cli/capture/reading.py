@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import fcntl
 import gzip
@@ -44,8 +45,13 @@ class Capture:
         self.position += len(magic)
         packed = io.BufferedReader(_Prefixed(magic, self._read_into), CHUNK)
         self._stream, self._damage = _decompressed(packed)
-        self.head = _read_up_to(self._read, _WORD_BYTES)
+        self.head = b""
         """the first bytes of the content, at most 8: enough to tell the channel"""
+        self._broken: RemoteProtocolError | None = None
+        try:
+            self.head = _read_up_to(self._read, _WORD_BYTES)
+        except RemoteProtocolError as error:
+            self._broken = error  # for whoever asks for the content
 
     def _read_into(self, buffer: memoryview) -> int:
         count = self._raw.readinto(buffer)
@@ -54,6 +60,8 @@ class Capture:
 
     def chunks(self) -> Iterator[bytes]:
         """The content, once, in pieces of at most 1 MiB. RemoteProtocolError if it's damaged."""
+        if self._broken is not None:
+            raise self._broken
         if self.head:
             yield self.head
         while chunk := self._read(CHUNK):
@@ -156,6 +164,8 @@ def _decompressed(stream: io.BufferedReader[Any]) -> tuple[Any, tuple[type[Excep
         return lzma.open(stream), (EOFError, lzma.LZMAError)
     if magic[:2] == b"\x1f\x8b":
         return gzip.open(stream), (EOFError, zlib.error, gzip.BadGzipFile)
+    if magic[:3] == b"BZh":
+        return bz2.open(stream), (EOFError, OSError)
     if magic[:4] == b"\x28\xb5\x2f\xfd":
         return _zstd(stream)
     return stream, ()
