@@ -131,7 +131,7 @@ class UnknownEvent(NamedTuple):
 AnyEvent = PageFault | ForkEvent | RemapEvent | RemoveEvent | UnmapEvent | UnknownEvent
 
 _MESSAGE_SIZE: Final = abi.UFFD_MSG.size
-_UNPACK_FAULT: Final = abi.UFFD_MSG_PAGEFAULT.unpack_from
+_UNPACK_FAULTS: Final = abi.UFFD_MSG_PAGEFAULT.iter_unpack
 _UNPACK_EVENT: Final = abi.UFFD_MSG.unpack_from
 _PAGEFAULT: Final = int(Event.PAGEFAULT)
 
@@ -166,7 +166,6 @@ class Userfaultfd:
         """how it was obtained: `device`, `system call` or `received`"""
         self._argument = bytearray(abi.UFFDIO_COPY_STRUCT.size)
         self._range = bytearray(abi.UFFDIO_RANGE_STRUCT.size)
-        self._messages = bytearray(_MESSAGE_SIZE * 64)
 
     # ---- opening
 
@@ -390,28 +389,25 @@ class Userfaultfd:
 
         UserfaultError when the read fails or ends inside a message.
         """
-        wanted = limit * _MESSAGE_SIZE
-        if wanted != len(self._messages):
-            self._messages = bytearray(wanted)
-        messages = self._messages
         try:
-            size = os.readv(self._fd, (messages,))
+            data = os.read(self._fd, limit * _MESSAGE_SIZE)
         except BlockingIOError:
             return []
         except OSError as error:
             raise UserfaultError(
                 "read(userfaultfd)", error.errno or 0, error.strerror or ""
             ) from None
+        size = len(data)
         if size == 0 or size % _MESSAGE_SIZE:
             detail = f"{size} bytes, not a multiple of {_MESSAGE_SIZE}: alignment is lost"
             raise UserfaultError("read(userfaultfd)", errno.EIO, "short read", detail)
         events: list[AnyEvent] = []
-        for position in range(0, size, _MESSAGE_SIZE):
-            event, flags, address, thread_id = _UNPACK_FAULT(messages, position)
+        for event, flags, address, thread_id in _UNPACK_FAULTS(data):
             if event == _PAGEFAULT:
-                events.append(PageFault(address, flags, thread_id))
+                events.append(_new(PageFault, (address, flags, thread_id)))
             else:
-                events.append(self._other_event(bytes(messages[position:][:_MESSAGE_SIZE])))
+                position = len(events) * _MESSAGE_SIZE
+                events.append(self._other_event(data[position : position + _MESSAGE_SIZE]))
         return events
 
     def _other_event(self, raw: bytes) -> AnyEvent:
@@ -465,7 +461,8 @@ class Userfaultfd:
         return outcome
 
 
-# Bound once: they are called for every page.
+# Bound once: they are called for every page. A tuple made by hand costs half of a NamedTuple call.
+_new: Final = tuple.__new__
 _ioctl: Final = fcntl.ioctl
 _UFFDIO_COPY: Final = abi.UFFDIO_COPY
 _PACK_COPY: Final = abi.UFFDIO_COPY_STRUCT.pack_into

@@ -25,7 +25,10 @@ class Run(NamedTuple):
 
 def split_runs(pages: Pages) -> list[Run]:
     """The runs of a batch that is not empty, in its order."""
-    if len(pages) <= _FEW:
+    count = len(pages.offsets)
+    if count == 1:
+        return [Run(int(pages.offsets[0]), 1, int(pages.positions[0]), pages.page_size)]
+    if count <= _FEW:
         return _split_few(pages)
     return _whole(pages) or _split_many(pages)
 

@@ -6,6 +6,7 @@ page in one. (QEMU's postcopy_get_tmp_page and its PostcopyTmpPage)
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 
 import numpy as np
@@ -17,6 +18,8 @@ from postcopy_proto.ramblock import RAMBlock
 
 def address_of(view: memoryview) -> int:
     """Where the first byte of a contiguous view stands in memory."""
+    if not view.readonly:
+        return ctypes.addressof(ctypes.c_char.from_buffer(view))
     address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
     return address
 

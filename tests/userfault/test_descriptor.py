@@ -433,33 +433,47 @@ def test_remap_event() -> None:
     syscalls.unmap_memory(new, 2 * PAGE)
 
 
-def test_fork_event_brings_the_childs_descriptor() -> None:
+def _fork_with_missing_memory(control: socket.socket) -> int:
+    """The owner: hands its descriptor over, forks, and lets the new process read a page."""
     try:
         uffd = Userfaultfd.open(Features.EVENT_FORK)
     except UserfaultError as error:
-        pytest.skip(f"EVENT_FORK is for the privileged: {error}")
+        control.send(str(error).encode())
+        return 0
     memory = syscalls.map_memory(PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     uffd.register(memory, PAGE)
-    events: list[descriptor.AnyEvent] = []
-    # The parent's fork waits for the event to be read, so another thread reads it.
-    reader = in_thread(lambda: (uffd.poll(10), events.extend(uffd.read_events())))
-    libc = ctypes.CDLL(None)
-    pid = libc.fork()
+    socket.send_fds(control, [memory.to_bytes(8, "little")], [uffd.fileno()])
+    pid = os.fork()
     if pid == 0:
-        ctypes.string_at(memory, 1)
-        os._exit(0)
-    reader.join(10)
-    (event,) = events
-    assert isinstance(event, ForkEvent)
-    child = event.uffd
-    fault = next_event(child)
-    assert isinstance(fault, PageFault)
-    assert fault.address == memory
-    child.copy(memory, source(9), PAGE)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    child.close()
-    uffd.close()
-    syscalls.unmap_memory(memory, PAGE)
+        os._exit(ctypes.string_at(memory, 1)[0])
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_fork_event_brings_the_childs_descriptor() -> None:
+    """In a process of its own: fork holds the allocator's locks until the event is read."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            status = _fork_with_missing_memory(theirs)
+        finally:
+            os._exit(status)
+    with ours, theirs:
+        data, fds, _, _ = socket.recv_fds(ours, 1000, 1)
+        if not fds:
+            os.waitpid(pid, 0)
+            pytest.skip(f"EVENT_FORK is for the privileged: {data.decode()}")
+        address = int.from_bytes(data, "little")
+        with Userfaultfd.from_fd(fds[0]) as uffd:
+            event = next_event(uffd)
+            assert isinstance(event, ForkEvent)
+            with event.uffd as child:
+                fault = next_event(child)
+                assert isinstance(fault, PageFault)
+                assert fault.address == address
+                child.copy(address, source(9), PAGE)
+                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
 
 
 def test_events_of_later_kernels_are_passed_through(uffd: Userfaultfd) -> None:
