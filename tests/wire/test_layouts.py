@@ -233,6 +233,7 @@ BAD = [
     (m.SectionStart(1, "", 0, 4), "1 to 255 are allowed"),
     (m.SectionStart(1, "r\0m", 0, 4), "NUL"),
     (m.SectionFull(1, "x", -1, 4), "instance_id is -1"),
+    (m.SectionFull(0xFFFFFFFF, "x", -1, 4), "instance_id is -1"),
     (m.SectionPart(-1), "SECTION_PART: section_id is -1; 0 to 0xffffffff fits"),
     (m.SectionEnd(1 << 32), "SECTION_END: section_id"),
     (m.SectionFooter(-1), "SECTION_FOOTER: section_id"),

@@ -292,6 +292,14 @@ def test_continue_reaches_across_sections_and_other_records() -> None:
     assert got[-4] == batch("pc.ram", (2, None), named=False)
 
 
+def test_encoded_pages_against_the_schema() -> None:
+    schema = ram_record(P)
+    record = schema.parse(encode(m.XbzrlePage("b", P, b"ab")))
+    assert (record.word, record.idstr, record.body.encoded) == (P | 0x40, "b", b"ab")
+    record = schema.parse(encode(m.CompressedPage("b", P, b"ab", False)))
+    assert (record.word, record.idstr, record.body.compressed) == (P | 0x120, None, b"ab")
+
+
 def test_encoded_pages_at_their_bounds() -> None:
     messages = [
         m.XbzrlePage("pc.ram", 63 * P, page(1)),
