@@ -17,18 +17,21 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from postcopy_proto.dirty.words import BITS, Words, Words64, widen_words
+from postcopy_proto.dirty.words import BITS, CHUNK_WORDS, Words, Words64, widen_words
 
 Pages64 = NDArray[np.int64]
+Indices = NDArray[np.intp]
 
 PART_WORDS = 1 << 16
 DENSE_WORDS = 1 << 12
-SPARSE_SHARE = 0.8
 EXTRACTION_ROUNDS = 4
 REST_WORDS = 1 << 9
-MAX_EDGES = EXTRACTION_ROUNDS * PART_WORDS + DENSE_WORDS * BITS
+MAX_EDGES = (EXTRACTION_ROUNDS + 1) * PART_WORDS + DENSE_WORDS * BITS
 _PROBE = 1 << 12
 
+_NONE = np.uint64(0)
+_EVERY = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+_NO_PAGES = np.zeros(0, np.int64)
 _ONE = np.uint64(1)
 _TOP = np.uint64(BITS - 1)
 _MANTISSA_BITS = np.uint64(52)
@@ -39,9 +42,9 @@ class EdgeFinder:
     """Finds edges, in working memory that is kept from one bitmap to the next."""
 
     def __init__(self) -> None:
+        self._mask = np.empty(CHUNK_WORDS + CHUNK_WORDS // 8 + 1, np.bool_)
         self._differs = np.empty(PART_WORDS, np.uint64)
-        self._work = np.empty((4, PART_WORDS), np.uint64)
-        self._chosen = np.empty(PART_WORDS + PART_WORDS // 8 + 1, np.bool_)
+        self._work = np.empty((2, PART_WORDS), np.uint64)
         self._found = np.empty(MAX_EDGES, np.int64)
 
     def edges(self, words: Words, pages: int = 1) -> Iterator[tuple[int, Pages64]]:
@@ -59,17 +62,49 @@ class EdgeFinder:
             else:
                 chunk = words.copy_of(start, stop)
                 widen_words(chunk, pages)
-            for first, part in _parts(chunk):
-                base = (start + first) * BITS
-                if _is_uniform(part):
-                    if bool(part[0]) != inside:
-                        yield base, np.zeros(1, np.int64)
-                else:
-                    for offset, edges in self._of_part(part, inside):
-                        yield base + offset, edges
-                inside = bool(part[-1] >> _TOP)
+            for offset, edges in self._of_chunk(chunk, inside):
+                yield start * BITS + offset, edges
+            inside = bool(chunk[-1] >> _TOP)
         if inside:
             yield words.pages, np.zeros(1, np.int64)
+
+    def _of_chunk(self, words: Words64, inside: bool) -> Iterator[tuple[int, Pages64]]:
+        if _is_uniform(words):
+            if bool(words[0]) != inside:
+                yield 0, np.zeros(1, np.int64)
+            return
+        for uniform in (_NONE, _EVERY):
+            others = self._unlike(uniform, words, at_most=min(len(words) // 4, PART_WORDS))
+            if others is not None:
+                edges = self._from_few(words, others, uniform, inside)
+                if edges is not None:
+                    yield 0, edges
+                    return
+        for start in range(0, len(words), PART_WORDS):
+            part = words[start : start + PART_WORDS]
+            for offset, edges in self._of_part(part, inside):
+                yield start * BITS + offset, edges
+            inside = bool(part[-1] >> _TOP)
+
+    def _from_few(
+        self, words: Words64, others: Indices, uniform: np.uint64, inside: bool
+    ) -> Pages64 | None:
+        """The edges where all words but `others` are `uniform`; None when there are too many."""
+        here, before = words.take(others), words.take(others - 1, mode="clip")
+        if others[0] == 0:
+            before[0] = _EVERY if inside else _NONE
+        differs = here << _ONE
+        differs ^= here
+        before >>= _TOP
+        differs ^= before
+        # The first bit of a uniform word is an edge if the last one before it is of the others.
+        behind = others.take(np.flatnonzero((here ^ uniform) >> _TOP)) + 1
+        behind = behind[behind < len(words)]
+        borders = behind[words.take(behind) == uniform] * BITS
+        if others[0] != 0 and inside != bool(uniform):
+            borders = np.insert(borders, 0, 0)
+        edges = np.flatnonzero(differs != 0)
+        return self._extract(differs.take(edges), others.take(edges) * BITS, borders)
 
     def _of_part(self, words: Words64, inside: bool) -> Iterator[tuple[int, Pages64]]:
         differs, carried = self._differs[: len(words)], self._work[0, : len(words)]
@@ -78,27 +113,28 @@ class EdgeFinder:
         differs ^= words
         differs[1:] ^= carried[:-1]
         differs[0] ^= np.uint64(inside)
-        edges = self._sparse(differs)
+        chosen = self._unlike(_NONE, differs, at_most=len(differs) * 3 // 4)
+        edges = None if chosen is None else self._extract(differs.take(chosen), chosen * BITS)
         if edges is not None:
             yield 0, edges
             return
         for start in range(0, len(words), DENSE_WORDS):
             yield start * BITS, _bits(differs[start : start + DENSE_WORDS])
 
-    def _sparse(self, differs: Words64) -> Pages64 | None:
-        """The edges, or None when there are too many for this way."""
-        chosen = self._nonzero(differs)
-        if len(chosen) > SPARSE_SHARE * len(differs):
-            return None
-        found = 0
-        left, index = self._work[0, : len(chosen)], self._work[1, : len(chosen)].view(np.int64)
-        differs.take(chosen, out=left, mode="clip")
-        np.left_shift(chosen, 6, out=index)
-        index -= _EXPONENT_BIAS
+    def _extract(
+        self, left: Words64, index: Pages64, more_edges: Pages64 = _NO_PAGES
+    ) -> Pages64 | None:
+        """The bits set in `left`, words whose first bits are `index`, and `more_edges`.
+
+        None when there are too many for this way: one round for each bit of the fullest word.
+        """
+        found = len(more_edges)
+        self._found[:found] = more_edges
+        index = index - _EXPONENT_BIAS
         for _ in range(EXTRACTION_ROUNDS):
             if len(left) <= REST_WORDS:
                 break
-            lowest, real = self._work[2:, : len(left)]
+            lowest, real = self._work[:, : len(left)]
             np.negative(left, out=lowest)
             lowest &= left
             left ^= lowest
@@ -106,36 +142,28 @@ class EdgeFinder:
             real >>= _MANTISSA_BITS
             np.add(real.view(np.int64), index, out=self._found[found : found + len(left)])
             found += len(left)
-            more = self._nonzero(left)
+            more = np.flatnonzero(left != 0)
             index, left = index.take(more), left.take(more)
-        else:
+        if len(left) > DENSE_WORDS:
             return None
         position = _bits(left)
         index += _EXPONENT_BIAS
         rest = index.take(position >> 6) + (position & 63)
         self._found[found : found + len(rest)] = rest
-        found += len(rest)
-        edges = self._found[:found]
+        edges = self._found[: found + len(rest)]
         edges.sort(kind="stable")
         return edges
 
-    def _nonzero(self, words: Words64) -> NDArray[np.intp]:
-        """The numbers of the words that are not 0."""
+    def _unlike(self, uniform: np.uint64, words: Words64, at_most: int) -> Indices | None:
+        """The numbers of the words that are not `uniform`; None when they are more than that."""
         size = len(words)
-        padded = self._chosen[: size + size // 8 + 1]
-        chosen = padded[:size]
-        np.not_equal(words, 0, out=chosen)
+        padded = self._mask[: size + size // 8 + 1]
+        np.not_equal(words, uniform, out=padded[:size])
+        count = np.count_nonzero(padded[:size])
+        if count > at_most:
+            return None
         padded[size:] = True
-        return np.flatnonzero(padded)[: np.count_nonzero(chosen)]
-
-
-def _parts(chunk: Words64) -> Iterator[tuple[int, Words64]]:
-    """The chunk whole if it is uniform, else in parts: (first word, words)."""
-    if len(chunk) <= PART_WORDS or _is_uniform(chunk):
-        yield 0, chunk
-        return
-    for first in range(0, len(chunk), PART_WORDS):
-        yield first, chunk[first : first + PART_WORDS]
+        return np.flatnonzero(padded)[:count]
 
 
 def _is_uniform(words: Words64) -> bool:
