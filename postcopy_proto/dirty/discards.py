@@ -44,6 +44,8 @@ class DiscardEncoder:
     def __init__(
         self, block: RAMBlock, page_size: int = TARGET_PAGE_SIZE, first_page: int = 0
     ) -> None:
+        if first_page < 0:
+            raise ValueError(f"first page {first_page} of {block.idstr!r}; 0 is the least")
         self._end = first_page + whole_pages(block, page_size)
         self._block = block.idstr
         self._page_size = page_size
@@ -156,7 +158,9 @@ class DiscardWriter:
         first_page: int,
         page_count: int | None,
     ) -> None:
-        self._pages = pages_per_host_page(page_size, host_page_size or block.page_size)
+        self._pages = pages_per_host_page(
+            page_size, block.page_size if host_page_size is None else host_page_size
+        )
         block_pages = whole_pages(block, page_size)
         self._page_count = block_pages if page_count is None else page_count
         if not 0 <= self._page_count <= block_pages:
