@@ -190,7 +190,7 @@ class BlockListReader:
         After the last block, a word that is no page size of the summary is left to the RAM
         records.
         """
-        if self._summary is None:
+        if self._summary is None or self._summary == self._base:
             return False
         if not last:
             return self._buffer.peek(at + 1)[at] == 0
