@@ -190,6 +190,8 @@ class Backend:
         if self._inhibit_discards is not None:
             self._inhibit_discards(True)
         self._uffd = uffd
+        if self._wanted_mode is None and uffd.user_mode_only:
+            log.info("userfaultfd in user mode only: faults inside the kernel fail")
         self._serving_thread = threading.get_ident()
         for block in self._blocks:
             block.region.before_read = self._guard(block)
