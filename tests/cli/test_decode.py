@@ -185,6 +185,22 @@ def test_unknown_commands_pass_unless_strict(tmp_path, capsys):
     assert "0x63 is unknown" in errors
 
 
+@pytest.mark.parametrize("channel", ["forward", "preempt", "return"])
+def test_more_names_than_any_vm_has_blocks(channel, tmp_path, capsys):
+    names = [f"{number:04x}" for number in range(4097)]
+    if channel == "return":
+        data = b"".join(encode(m.ReqPagesId(0, 4096, name)) for name in names)
+    else:
+        records = [b"\0" * 7 + b"\x02\x04" + name.encode() + b"\0" for name in names]
+        data = b"".join(records)
+        if channel == "forward":
+            data = encode(m.PostcopyResume()) + encode(m.SectionPart(1)) + data
+    code, document, errors = summary_of(data, tmp_path, capsys, "--channel", channel)
+    assert code == output.EXIT_FAILED
+    assert len(document.get("blocks") or document["requests"]) == 4096
+    assert "more than 4096 RAMBlocks" in errors
+
+
 def test_order_is_checked_when_strict(tmp_path, capsys):
     data = b"".join(
         encode(x)
@@ -287,7 +303,8 @@ def test_a_description_that_lies_is_refused(tmp_path, capsys):
     assert run(path) == output.EXIT_FAILED
     captured = capsys.readouterr()
     assert "as described" in captured.err
-    assert "DEVICE_STATE" in captured.out
+    told = [line.split()[1] for line in captured.out.splitlines()]
+    assert told[-2:] == ["DEVICE_STATE", "EOF"]
 
 
 def test_cut_events_end_with_where(tmp_path, capsys):

@@ -122,19 +122,24 @@ class Listing:
             return
         (offset, state), self._device_state = self._device_state, None
         self._printer.message(offset, state)
-        if description is not None:
-            for section in split_device_state(state.data, description, offset=offset):
-                fields = {
-                    "idstr": section.idstr,
-                    "instance_id": section.instance_id,
-                    "version_id": section.version_id,
-                    "section_id": section.section_id,
-                    "length": section.length,
-                }
-                self._printer.section(offset + section.offset, fields)
-        for event in self._behind_devices:
-            self._print(*event)
-        self._behind_devices = []
+        try:
+            if description is not None:
+                self._print_sections(offset, state.data, description)
+        finally:
+            for event in self._behind_devices:
+                self._print(*event)
+            self._behind_devices = []
+
+    def _print_sections(self, offset: int, state: bytes, description: bytes) -> None:
+        for section in split_device_state(state, description, offset=offset):
+            fields = {
+                "idstr": section.idstr,
+                "instance_id": section.instance_id,
+                "version_id": section.version_id,
+                "section_id": section.section_id,
+                "length": section.length,
+            }
+            self._printer.section(offset + section.offset, fields)
 
 
 class TextPrinter:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from postcopy_proto import messages as m
 from postcopy_proto.cli import output
 from postcopy_proto.cli.capture.describe import size_text
-from postcopy_proto.errors import Channel
+from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE
-from postcopy_proto.wire import parse_package
+from postcopy_proto.wire import Limits, parse_package
 from postcopy_proto.wire.commands import MigCmd
 
 Document = dict[str, Any]
@@ -67,6 +68,7 @@ class ForwardSummary:
                 pass
 
     def _block(self, name: str) -> Document:
+        check_blocks(self._blocks, name)
         return self._blocks.setdefault(
             name, {"pages": 0, "zero_pages": 0, "discard_ranges": 0, "discarded_bytes": 0}
         )
@@ -147,6 +149,7 @@ class ReturnSummary:
         self._messages[message.NAME] += 1
         match message:
             case m.ReqPagesId(block=block):
+                check_blocks(self._requests, block)
                 self._block = block
                 self._requests[block] += 1
             case m.ReqPages() if self._block is not None:
@@ -188,6 +191,7 @@ class PreemptSummary:
     def add(self, offset: int, message: m.Message) -> None:
         """Count one event."""
         if isinstance(message, m.Pages):
+            check_blocks(self._blocks, message.block)
             counts = self._blocks.setdefault(message.block, {"pages": 0, "zero_pages": 0})
             count_pages(counts, message)
 
@@ -224,6 +228,14 @@ def command_name(message: m.Message) -> str | None:
     if isinstance(message, m.UnknownCommand):
         return f"{message.command:#x}"
     return message.NAME if message.NAME in MigCmd.__members__ else None
+
+
+def check_blocks(blocks: Mapping[str, object], name: str) -> None:
+    """RemoteProtocolError when one block more would be more than any VM has: names need memory."""
+    if name not in blocks and len(blocks) >= Limits().blocks:
+        raise RemoteProtocolError(
+            f"more than {Limits().blocks} RAMBlocks are named", kind=ErrorKind.LIMIT
+        )
 
 
 def count_pages(counts: Document, pages: m.Pages) -> None:
