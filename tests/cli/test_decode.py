@@ -396,6 +396,11 @@ def test_join_by_hand(tmp_path, capsys):
     assert document["histogram"] == [{"up_to_us": 512, "count": 1}]
     assert run(*arguments) == 0
     assert "no latencies" in capsys.readouterr().out
+    assert run("--index", tmp_path / "i", *arguments) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == (
+        "3 requests: 2 answered, 1 never; 1 answers were on their way before the request"
+    )
 
 
 def test_a_host_page_is_answered_by_its_last_record(capsys):

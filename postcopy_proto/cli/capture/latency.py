@@ -219,10 +219,11 @@ def _row(request: Request) -> dict[str, Any]:
 
 def show(document: dict[str, Any]) -> None:
     """The document as tables."""
+    early = document["before_the_request"]
     output.print_line(
         f"{document['requests']:,} requests: {document['answered']:,} answered, "
-        f"{document['before_the_request']:,} of them by a page already on its way, "
         f"{document['unanswered']:,} never"
+        + (f"; {early:,} answers were on their way before the request" if early else "")
     )
     if document["latency_us"] is None:
         output.print_line("no latencies: give the capture's times with --index")
