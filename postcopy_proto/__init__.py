@@ -98,8 +98,8 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "NEED_DATA",
-    "BackgroundOrder",
     "Backend",
+    "BackgroundOrder",
     "ByteRange",
     "Channel",
     "CompressedPage",

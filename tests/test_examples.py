@@ -35,8 +35,8 @@ def test_joined() -> None:
     assert receiver.requests == 2
     assert {name: bytes(ram) for name, ram in vm.ram.items()} == receiver.memory
     assert sorted(receiver.arrived) == sorted(
-        [("toy.ram", 1024 * 4096), ("toy.ram", 2047 * 4096)]
-        + [("toy.rom", 8 * 4096), ("toy.rom", 15 * 4096)]
+        (name, page * 4096)
+        for name, page in (("toy.ram", 1024), ("toy.ram", 2047), ("toy.rom", 8), ("toy.rom", 15))
     )
     assert loop.statistics.pages == 2
     assert loop.statistics.zero_pages == 2
