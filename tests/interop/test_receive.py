@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.interop.guest import MIB, Guest, assert_same_memory, assert_unbroken
-from tests.interop.qemu import HUGEPAGE, Lab, Qemu
+from tests.interop.qemu import HUGEPAGE, Lab, Qemu, version_of
 from tests.interop.receive import Receiver
 
 pytestmark = pytest.mark.qemu
@@ -16,9 +17,11 @@ pytestmark = pytest.mark.qemu
 GUEST = Guest(fill_end=12 * MIB)
 
 
-def postcopy(source: Qemu, address: str, *, precopy_first: bool = False) -> None:
+def postcopy(
+    source: Qemu, address: str, *, precopy_first: bool = False, **capabilities: bool
+) -> None:
     """What the operator does at the source: postcopy from the first page, or after one pass."""
-    source.capabilities(postcopy_ram=True)
+    source.capabilities(postcopy_ram=True, **capabilities)
     # Slow, and with little downtime allowed, so that the source does not finish as precopy.
     source.parameters(max_bandwidth=5_000_000 if precopy_first else 100_000, downtime_limit=1)
     source.migrate(address)
@@ -29,7 +32,7 @@ def postcopy(source: Qemu, address: str, *, precopy_first: bool = False) -> None
     source.qmp.execute("migrate-start-postcopy")
 
 
-def loads_and_goes_on(lab: Lab, source: Qemu, file: Path, **machine: bool) -> None:
+def loads_and_goes_on(lab: Lab, source: Qemu, file: Path, **machine: Any) -> None:
     """The file loads in the same QEMU: memory is the source's, and the guest's count unbroken."""
     before = source.memory()
     paused = lab.start(
@@ -76,6 +79,25 @@ def test_into_a_file_alone(lab: Lab, qemu_binary: str, repeat: int) -> None:
     source.wait_migration("completed")
     assert result["switched_over"]
     loads_and_goes_on(lab, source, file)
+
+
+@pytest.mark.userfault
+def test_a_source_with_a_preempt_channel(lab: Lab, qemu_binary: str, repeat: int) -> None:
+    major = int(version_of(qemu_binary).split(".")[0])
+    if major < 7:
+        pytest.xfail("postcopy-preempt came with 7.1")
+    # Machine types up to 7.2 keep the protocol of that time: connect at once, EOS at the end.
+    machine = "pc-i440fx-7.1" if major == 7 else "pc-i440fx-8.0"
+    source = lab.start(qemu_binary, GUEST, machine=machine)
+    source.wait_letters(2)
+    file = lab.path("save")
+    receiver = Receiver.start(f"unix:{lab.path('s')}", file, "--touch", "100")
+    postcopy(source, receiver.address, postcopy_preempt=True)
+    result = receiver.result()
+    source.wait_migration("completed")
+    assert result["requests"] > 0
+    assert result["duplicates"] == 0
+    loads_and_goes_on(lab, source, file, machine=machine)
 
 
 def test_a_source_that_never_switches(lab: Lab, qemu_binary: str, repeat: int) -> None:
