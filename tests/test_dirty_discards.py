@@ -420,3 +420,20 @@ def test_a_clean_vm_still_discards_one_page_and_sends_it() -> None:
         "a": 1,
     }
     assert (plan.range_count, plan.command_count) == (1, 1)
+
+
+# ---- traces
+
+
+def test_traces_carry_the_names_of_qemu(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "postcopy_proto.trace")
+    bitmap = DirtyBitmap(10)
+    bitmap.set(2, 3)
+    encoder = DiscardEncoder(BLOCK)
+    output = encoder.add(2, 3) + encoder.finish()
+    assert output == encode_discards(BLOCK, bitmap)
+    assert caplog.messages == [
+        "postcopy_discard_send_range block=a start=0x2000 length=0x3000",
+        "postcopy_discard_send_finish block=a ranges=1 commands=1",
+        "postcopy_discard_send_finish block=a ranges=1 commands=1",
+    ]

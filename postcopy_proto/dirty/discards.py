@@ -10,6 +10,7 @@ thousands of runs at once. The bytes are equal.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,8 +26,14 @@ from postcopy_proto.dirty.words import Words
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE, ByteRange, RAMBlock, is_power_of_two
 from postcopy_proto.wire.discard import MAX_RANGES, RANGE, command_head
 
+trace = logging.getLogger("postcopy_proto.trace")
+
 PIECE_BYTES = 1 << 20
+"""One send: large enough that its system call does not count, small enough for the cache."""
+
 PACK_EDGES = 1 << 14
+"""Edges that are made into commands at once: a quarter of it costs a tenth of the time more."""
+
 _KEPT_BYTES = 8 << 20
 _LONGEST_COMMAND = 512
 _EDGES_PER_COMMAND = 2 * MAX_RANGES
@@ -70,13 +77,19 @@ class DiscardEncoder:
             )
         self._next = start_page + page_count
         start = (start_page - self._first_page) * self._page_size
-        self._queue.append(ByteRange(start, page_count * self._page_size))
+        length = page_count * self._page_size
+        trace.debug(
+            "postcopy_discard_send_range block=%s start=%#x length=%#x", self._block, start, length
+        )
+        self._queue.append(ByteRange(start, length))
         self.range_count += 1
         return self._command() if len(self._queue) == MAX_RANGES else b""
 
     def finish(self) -> bytes:
         """The command with the ranges that are still queued, or b"" when there are none."""
-        return self._command() if self._queue else b""
+        last = self._command() if self._queue else b""
+        _trace_finish(self._block, self.range_count, self.command_count)
+        return last
 
     def _command(self) -> bytes:
         head = command_head(self._block, len(self._queue))
@@ -84,6 +97,12 @@ class DiscardEncoder:
         self._queue.clear()
         self.command_count += 1
         return head + ranges
+
+
+def _trace_finish(block: str, ranges: int, commands: int) -> None:
+    trace.debug(
+        "postcopy_discard_send_finish block=%s ranges=%d commands=%d", block, ranges, commands
+    )
 
 
 def whole_pages(block: RAMBlock, page_size: int) -> int:
@@ -111,7 +130,23 @@ def iter_discards(
     first_page: int = 0,
     page_count: int | None = None,
 ) -> Iterator[memoryview]:
-    """The commands that discard what is dirty in a block, in pieces of about 1 MiB."""
+    """The commands that discard what is dirty in a block, whole ones, in pieces of about 1 MiB.
+
+    Each piece is ready for one send, and good until the next one is asked for. Nothing comes of a
+    block without dirty pages.
+
+    `first_page` is the bit of the block's first page, for a bitmap that covers several blocks;
+    `page_count` limits the walk to the block's first pages. `page_size` and `host_page_size` are
+    in bytes; with host pages larger than pages, by default the block's own, partly dirty ones are
+    discarded whole. The bitmap stays as it is: `DirtyBitmap.widen` gives the pages that must then
+    be sent.
+
+    Besides the bitmap this takes less than 16 MiB, whatever the guest's size.
+
+    ValueError, before the first byte, for a page size that is no power of two, a host page smaller
+    than a page, a block or `page_count` that is no whole number of host pages, and a bitmap that
+    does not hold all of the pages.
+    """
     return DiscardWriter(
         block,
         bitmap,
@@ -131,7 +166,7 @@ def encode_discards(
     first_page: int = 0,
     page_count: int | None = None,
 ) -> bytes:
-    """The pieces of `iter_discards` joined."""
+    """The pieces of `iter_discards` joined: what `DiscardEncoder` gives for all runs."""
     return b"".join(
         bytes(piece)
         for piece in iter_discards(
@@ -204,6 +239,7 @@ class DiscardWriter:
             last = command_head(self._block, len(left) // 2) + self._ranges(left).tobytes()
         self.range_count = output.row_count * MAX_RANGES + len(left) // 2
         self.command_count = output.row_count + bool(last)
+        _trace_finish(self._block, self.range_count, self.command_count)
         yield from output.finish(last)
 
     def _ranges(self, edges: Pages64) -> Pages64:

@@ -75,7 +75,7 @@ def encode_discard(message: PostcopyRamDiscard) -> bytes:
     """The payload of one command, without its envelope.
 
     ValueError for a name that is not 1 to 255 bytes without NUL, for no range at all, for a range
-    that reaches below 0 or beyond 2^64 bytes, and for more ranges than 16 bits can count.
+    that does not fit 64 bits or reaches beyond 2^64 bytes, and for more ranges than 16 bits can count.
     """
     if not message.ranges:
         raise ValueError(f"a discard of {message.block!r} without ranges: at least 1 is needed")
