@@ -39,12 +39,23 @@ def add_parser(subparsers: Subparsers) -> None:
         default="latency",
         help="what to favour: the page somebody waits for, or the rest (latency)",
     )
+    parser.add_argument(
+        "--qemu",
+        nargs="?",
+        const="qemu-system-x86_64",
+        metavar="QEMU",
+        help="with a VM instead: load a saved one in full, restore it lazily, and compare",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo and print what it found."""
+    if args.qemu is not None:
+        from postcopy_proto.cli import qemu_demo
+
+        return qemu_demo.run(args)
     from postcopy_proto.net.demo import DemoOptions, run_demo
     from postcopy_proto.net.transport import TransferMode
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from postcopy_proto.errors import PostcopyError
 from postcopy_proto.net.qmp import Monitor
@@ -27,22 +28,32 @@ class LaunchError(PostcopyError):
 
 @contextmanager
 def launched(
-    command: Sequence[str], *, detach: bool = False
+    command: Sequence[str],
+    *,
+    incoming: bool = True,
+    detach: bool = False,
+    log: IO[bytes] | None = None,
 ) -> Iterator[tuple[subprocess.Popen[bytes], Monitor]]:
-    """A QEMU of this command line, waiting for a VM, and a monitor of it.
+    """A QEMU of this command line and a monitor of it; with `incoming` it waits for a VM.
 
-    Input and output are ours, unless `detach` puts it out of the terminal's reach. It is ended
+    Input and output are ours, unless `detach` puts it out of the terminal's reach, or `log` takes
+    what it says. It is ended
     when the block is left by an exception, and stays otherwise. LaunchError when it does not come
     up.
     """
     with tempfile.TemporaryDirectory(prefix="postcopy-") as directory:
         path = Path(directory) / "qmp"
-        added = ("-incoming", "defer", "-qmp", f"unix:{path},server=on,wait=off")
+        added = ["-qmp", f"unix:{path},server=on,wait=off"]
+        added += ["-incoming", "defer"] if incoming else []
         try:
             # Detached, it must not hold our reader's pipe; its complaints still come through.
             nowhere = subprocess.DEVNULL if detach else None
             process = subprocess.Popen(
-                [*command, *added], stdin=nowhere, stdout=nowhere, start_new_session=detach
+                [*command, *added],
+                stdin=nowhere,
+                stdout=log or nowhere,
+                stderr=log,
+                start_new_session=detach,
             )
         except OSError as error:
             raise LaunchError(f"can't start {command[0]}: {error.strerror}") from error
