@@ -75,12 +75,13 @@ def encode_discard(message: PostcopyRamDiscard) -> bytes:
     """The payload of one command, without its envelope.
 
     ValueError for a name that is not 1 to 255 bytes without NUL, for no range at all, for a range
-    that does not fit 64 bits or reaches beyond 2^64 bytes, and for more ranges than 16 bits can count.
+    that does not fit 64 bits or ends beyond 2^64, and for more ranges than 16 bits can count.
     """
     if not message.ranges:
         raise ValueError(f"a discard of {message.block!r} without ranges: at least 1 is needed")
     for start, length in message.ranges:
-        if start < 0 or length < 0 or start + length > _END_OF_OFFSETS:
+        fits = 0 <= start < _END_OF_OFFSETS and 0 <= length < _END_OF_OFFSETS
+        if not fits or start + length > _END_OF_OFFSETS:
             raise ValueError(
                 f"range at {start} of {length} bytes of {message.block!r} leaves 0 to 2^64"
             )
