@@ -38,6 +38,7 @@ from postcopy_proto.userfault.descriptor import (
     AlreadyPresentError,
     AnyEvent,
     ForkEvent,
+    NotRegisteredError,
     OwnerGoneError,
     PageFault,
     RemapEvent,
@@ -301,10 +302,12 @@ class Backend:
         except (AlreadyPresentError, AgainError):
             self.stats.woken += 1
             uffd.wake(address, length)
+        except NotRegisteredError:
+            log.debug("%s at %#x was unmapped by the guest", block.idstr, host_page)
 
     def _other_event(self, event: AnyEvent) -> None:
         if isinstance(event, RemoveEvent | UnmapEvent):
-            self._removed(event.start, event.end)
+            self._removed(event.start, event.end, unmapped=isinstance(event, UnmapEvent))
         elif isinstance(event, ForkEvent):
             # Closed, its missing pages would read as zeros; open, whoever touches one waits.
             self.stats.forks += 1
@@ -321,12 +324,13 @@ class Backend:
             self.stats.unknown_events += 1
             log.warning("userfaultfd event %r is not known and was skipped", event)
 
-    def _removed(self, start: int, end: int) -> None:
+    def _removed(self, start: int, end: int, *, unmapped: bool) -> None:
         """The guest dropped pages: they are zero now, and what still arrives for them is old."""
         for block, low, high in self._blocks.overlapping(start, end):
             host = block.host_page_size
             block.received[low // self._page_size : -(-high // self._page_size)] = True
             self.stats.removed += (high - low) // host
+            block.unmapped |= unmapped
             for page in [page for page in block.waiting if low <= page < high]:
                 self._answer_received(block, page)
                 block.resolved(page, host, self.stats)
@@ -434,6 +438,8 @@ class Backend:
                     "postcopy_cleanup_range %s: %#x offset=%#x length=%#x",
                     *(block.idstr, block.address, 0, block.length),
                 )
+            if block.unmapped:
+                continue
             try:
                 uffd.unregister(block.address, block.length)
             except OwnerGoneError:

@@ -33,6 +33,8 @@ class GuestBlock:
         self.received.setall(False)
         self.waiting: dict[int, list[tuple[int, int]]] = {}
         """host page → (thread id, time of the event in ns) of each thread that waits for it"""
+        self.unmapped = False
+        """whether the guest unmapped some of it: then there is nothing to unregister"""
         self.can_zeropage = True
         """whether UFFDIO_ZEROPAGE was offered for it: not for hugetlb"""
 

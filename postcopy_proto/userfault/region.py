@@ -192,7 +192,10 @@ class Region:
             _transfer(syscalls.process_vm_writev, self.owner.pid, local, remote)
 
     def close(self) -> None:
-        """Unmaps the memory if it is of this process."""
+        """Unmaps the memory if it is of this process; after `Backend.cleanup`.
+
+        While it is registered, unmapping waits until the thread that serves has read the event.
+        """
         if self._mapping is not None:
             self._mapping.close()
 

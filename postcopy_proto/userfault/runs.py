@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from postcopy_proto.messages import Pages
+from postcopy_proto.ramblock import ascends
 
 _FEW: Final = 16
 """Up to so many pages a loop beats numpy; a page that somebody waits for comes alone."""
@@ -63,9 +64,7 @@ def _whole(pages: Pages) -> list[Run] | None:
     stride = int(positions[1]) - position
     if (stride == 0) != (position < 0) or stride < 0:
         return None
-    if not (offsets[1:] - offsets[:-1] == pages.page_size).all():
-        return None
-    if not (positions[1:] - positions[:-1] == stride).all():
+    if not (ascends(offsets, pages.page_size) and ascends(positions, stride)):
         return None
     return [Run(int(offsets[0]), len(pages), position, stride)]
 

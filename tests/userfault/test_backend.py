@@ -235,6 +235,24 @@ def test_a_waiting_thread_gets_zeros_when_its_page_is_dropped(
     assert len(backend.stats.waits_ns) >= 1
 
 
+def test_memory_that_the_guest_unmaps_is_asked_for_no_more(region: Region) -> None:
+    gone = Region.create(RAMBlock("gone", 8 * PAGE))
+    backend = Backend([region, gone], user_mode_only=True)
+    backend.enable_notify()
+    assert backend.want("gone", 0, PAGE) == 1
+    assert backend.read_faults() == [("gone", 0)]
+    unmapper = threading.Thread(target=gone.close, daemon=True)
+    unmapper.start()
+    while unmapper.is_alive():
+        assert backend.read_faults() == []
+    # Its pages may still be on their way; they are dropped.
+    backend.place(batch("gone", content(RAMBlock("gone", 8 * PAGE), 1, 0), range(8)))
+    assert backend.stats.pages == 0
+    assert backend.stats.duplicates == 8
+    backend.cleanup()
+    assert region.read(0, PAGE) == bytes(PAGE)
+
+
 def test_the_fault_loop_quits_before_it_serves(backend: Backend, region: Region) -> None:
     pages = content(region.block, 9, zero_fraction=0)
     listening(backend)
