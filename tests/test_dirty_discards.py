@@ -272,7 +272,7 @@ def test_a_walk_that_is_given_up_returns_its_memory() -> None:
 def test_memory_does_not_grow_with_the_guest(density: float) -> None:
     pages = 1 << 23
     bitmap = bench.uniform(density, pages)
-    assert bench._peak(lambda: bench.ours(bitmap, pages)) < 16 << 20
+    assert bench.peak_of(lambda: bench.ours(bitmap, pages)) < 16 << 20
 
 
 def test_the_ways_are_all_there_to_be_taken() -> None:
