@@ -5,9 +5,12 @@ edges take turns: the first page of a run, then the first page behind it.
 
     uniform  words all of whose bits are equal have no edge but perhaps the first bit: most of a
              large guest, and skipped at the speed of memory
-    sparse   few words have edges: take those, and from each its lowest edge, all words at once,
-             until none is left
+    few      most words are 0, or most are all ones: only the others are compared with their
+             neighbours
+    sparse   all words are compared, but few of them have edges
     dense    a byte for every bit, and the numbers of those that are edges
+
+In the middle two, the edges are taken out of their words one by one, of all words at once.
 """
 
 from __future__ import annotations
@@ -86,6 +89,7 @@ class EdgeFinder:
             yield words.pages, np.zeros(1, np.int64)
 
     def _of_chunk(self, words: Words64, inside: bool) -> Iterator[tuple[int, Pages64]]:
+        """The edges of a chunk, in the cheapest way; `inside`: the bit before it was set."""
         if _is_uniform(words):
             if bool(words[0]) != inside:
                 yield 0, np.zeros(1, np.int64)
@@ -127,6 +131,7 @@ class EdgeFinder:
         return self._extract(differs, index, borders)
 
     def _of_part(self, words: Words64, inside: bool) -> Iterator[tuple[int, Pages64]]:
+        """The edges of words that are all compared with their neighbours."""
         differs, carried = self._differs[: len(words)], self._work[0, : len(words)]
         np.left_shift(words, _ONE, out=differs)
         np.right_shift(words, _TOP, out=carried)
