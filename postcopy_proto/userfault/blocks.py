@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from bitarray import bitarray
 
@@ -54,7 +54,10 @@ class GuestBlock:
         """Ends the waits for host pages in [start, start + length)."""
         now = time.perf_counter_ns()
         waiting, host = self.waiting, self.host_page_size
-        if len(waiting) * host < length:
+        pages: Iterable[int]
+        if length == host:
+            pages = (start,) if start in waiting else ()
+        elif len(waiting) * host < length:
             pages = [page for page in waiting if start <= page < start + length]
         else:
             pages = [page for page in range(start, start + length, host) if page in waiting]

@@ -66,7 +66,8 @@ class FaultStatistics:
                 thread = self.by_thread[thread_id] = ThreadWaits()
             thread.faults += 1
             thread.total_ns += nanoseconds
-            thread.max_ns = max(thread.max_ns, nanoseconds)
+            if nanoseconds > thread.max_ns:
+                thread.max_ns = nanoseconds
 
     def percentile_us(self, percent: float) -> float:
         """The wait that `percent` of all did not exceed, in µs; 0 when there was none."""
