@@ -25,7 +25,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,8 +67,15 @@ def compiled() -> tuple[ctypes.CDLL, Path]:
     return reference, guest
 
 
-def pin(cpu: int) -> None:
+@contextmanager
+def pinned(cpu: int) -> Iterator[None]:
+    """This process on one CPU."""
+    before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 # ---- placement
@@ -144,8 +152,11 @@ class PlacementBench:
 
 
 def measure_placement(rounds: int, total: int = PLACED_BYTES) -> list[Placement]:
-    pin(min(os.sched_getaffinity(0)))
-    bench = PlacementBench(total)
+    with pinned(min(os.sched_getaffinity(0))):
+        return _measure_placement(PlacementBench(total), rounds)
+
+
+def _measure_placement(bench: PlacementBench, rounds: int) -> list[Placement]:
     results = []
     for piece in PIECES:
         for warm_up in (bench.c, bench.copy, bench.backend):
@@ -272,7 +283,11 @@ def waits(
 
 def measure_faults(rounds: int) -> list[Service]:
     cpus = sorted(os.sched_getaffinity(0))
-    pin(cpus[0])
+    with pinned(cpus[0]):
+        return _measure_faults(cpus, rounds)
+
+
+def _measure_faults(cpus: list[int], rounds: int) -> list[Service]:
     data = np.random.default_rng(2).integers(0, 256, FAULTS * PAGE, np.uint8)
     results = []
     places = {"same CPU": cpus[0]}
@@ -300,7 +315,6 @@ def measure_faults(rounds: int) -> list[Service]:
                     ),
                 )
             )
-    os.sched_setaffinity(0, cpus)
     return results
 
 
