@@ -38,7 +38,7 @@ REST_WORDS = 1 << 9
 """When so few words still have edges, unpacking them (some 20 us) is cheaper than another round
 of a dozen numpy calls; at 4 times as many it begins to cost."""
 
-EXTRACTION_ROUNDS = 4
+EXTRACTION_ROUNDS = 3
 """Rounds of the sparse way. A round costs 10 ns a word, unpacking a word 38: where more than a few
 words have more edges than this, the dense way would have been the faster one."""
 
@@ -65,13 +65,12 @@ class EdgeFinder:
         self._mask = np.empty(CHUNK_WORDS + CHUNK_WORDS // 8 + 1, np.bool_)
         self._differs = np.empty(PART_WORDS, np.uint64)
         self._work = np.empty((2, PART_WORDS), np.uint64)
-        self._found = np.empty(MAX_EDGES, np.int64)
 
     def edges(self, words: Words, pages: int = 1) -> Iterator[tuple[int, Pages64]]:
         """All edges: (page, at most MAX_EDGES pages counted from there), ascending.
 
         With `pages` > 1, the edges of the bitmap whose host pages of so many target pages are
-        widened. An array is good until the next one is asked for.
+        widened.
         """
         inside = False
         step = words.step(pages)
@@ -153,8 +152,7 @@ class EdgeFinder:
 
         One round takes the lowest bit of every word. None when too many words are left then.
         """
-        found = len(more_edges)
-        self._found[:found] = more_edges
+        found = [more_edges]
         index = index - _EXPONENT_BIAS
         for _ in range(EXTRACTION_ROUNDS):
             if len(left) <= REST_WORDS:
@@ -165,17 +163,15 @@ class EdgeFinder:
             left ^= lowest
             np.copyto(real.view(np.float64), lowest)  # its exponent is the bit
             real >>= _MANTISSA_BITS
-            np.add(real.view(np.int64), index, out=self._found[found : found + len(left)])
-            found += len(left)
+            found.append(real.view(np.int64) + index)
             more = np.flatnonzero(left != 0)
             index, left = index.take(more), left.take(more)
         if len(left) > DENSE_WORDS:
             return None
         position = _bits(left)
         index += _EXPONENT_BIAS
-        rest = index.take(position >> 6) + (position & 63)
-        self._found[found : found + len(rest)] = rest
-        edges = self._found[: found + len(rest)]
+        found.append(index.take(position >> 6) + (position & 63))
+        edges = np.concatenate(found)
         # Each round's edges are ascending: a stable sort merges, in half the time of the default.
         edges.sort(kind="stable")
         return edges
