@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
 import select
 import signal
@@ -71,8 +72,30 @@ def vmm(connection: socket.socket, *, wait_for_end: bool) -> int:
     return 0 if not any(word.raw) else 2
 
 
+def restless_vmm(connection: socket.socket, event: Features) -> int:
+    """One that forks, or moves its memory, in the middle of it all."""
+    pages = ctypes.c_size_t(PAGE)
+    memory = syscalls.map_memory(PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    elsewhere = syscalls.map_memory(PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    uffd = Userfaultfd.open(event)
+    uffd.register(memory, PAGE)
+    hand_over(connection, uffd, [HandedRegion(memory, PAGE, 0)])
+    if event is Features.EVENT_REMAP:
+        remap = ctypes.CDLL(None).mremap
+        remap.restype = ctypes.c_void_p
+        remap(ctypes.c_void_p(memory), pages, pages, 3, ctypes.c_void_p(elsewhere))
+        return 0
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return ctypes.string_at(memory, 1)[0]
+
+
 @contextmanager
-def started_vmm(*, wait_for_end: bool = False) -> Iterator[tuple[int, socket.socket]]:
+def started_vmm(
+    *, wait_for_end: bool = False, event: Features | None = None
+) -> Iterator[tuple[int, socket.socket]]:
     """A VMM that has connected; through a listening socket, so that the kernel names it."""
     with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{folder}/uffd.sock")
@@ -83,7 +106,10 @@ def started_vmm(*, wait_for_end: bool = False) -> Iterator[tuple[int, socket.soc
             try:
                 with socket.socket(socket.AF_UNIX) as connection:
                     connection.connect(f"{folder}/uffd.sock")
-                    status = vmm(connection, wait_for_end=wait_for_end)
+                    if event is None:
+                        status = vmm(connection, wait_for_end=wait_for_end)
+                    else:
+                        status = restless_vmm(connection, event)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -144,6 +170,51 @@ def test_the_handler_ends_a_vmm_that_it_cannot_serve() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         assert select.select([handover.pidfd], [], [], 10)[0]
         handover.kill_owner()
+
+
+def serve_one_page(handover: Handover) -> Backend:
+    """Serves 0x21 to whoever asks, until the VMM has ended; raises what serving raises."""
+    backend = Backend(handover.regions)
+    backend.enable_notify()
+    page = np.full((1, PAGE), 0x21, np.uint8)
+    poll = select.poll()
+    poll.register(backend.fileno(), select.POLLIN)
+    poll.register(handover.pidfd, select.POLLIN)
+    while handover.pidfd not in (ready := dict(poll.poll(10_000))):
+        assert ready, "the VMM neither faults nor ends"
+        for name, _ in backend.read_faults():
+            backend.place(batch(name, page, [0]))
+    return backend
+
+
+@pytest.fixture
+def privileged() -> None:
+    try:
+        Userfaultfd.open(Features.EVENT_FORK).close()
+    except UserfaultError as error:
+        pytest.skip(f"these events are for the privileged: {error}")
+
+
+def test_a_vmm_that_forks_is_served_on(privileged: None, caplog: pytest.LogCaptureFixture) -> None:
+    """The event is read, so that the fork goes on; the new process is another's affair."""
+    with (
+        started_vmm(event=Features.EVENT_FORK) as (pid, connection),
+        receive_handover(connection) as handover,
+    ):
+        backend = serve_one_page(handover)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0x21
+        assert backend.stats.forks == 1
+        assert "not served" in caplog.text
+        backend.cleanup()
+
+
+def test_a_vmm_that_moves_its_memory_ends_it(privileged: None) -> None:
+    with (
+        started_vmm(event=Features.EVENT_REMAP) as (_, connection),
+        receive_handover(connection) as handover,
+        pytest.raises(UserfaultError, match="moved its RAM"),
+    ):
+        serve_one_page(handover)
 
 
 # ---- descriptions
