@@ -24,9 +24,6 @@ from postcopy_proto.source import PING_LOADED, PageBatch, SourceConnection
 RECEIVE_BYTES = 65536
 """Most bytes read from the return path at once: some thousand requests."""
 
-LARGEST_BATCH = 512 * 1024
-"""Bytes of one background batch at most: what was read and is sent should stay in the cache."""
-
 QUIET_SECONDS = 0.02
 """Time without a request after which LATENCY mode works like THROUGHPUT: the first request after a
 quiet time may wait longer, the next ones do not."""
@@ -119,7 +116,7 @@ class SourceLoop:
             self._answer()
             self._pace.update(self.statistics.requests)
             if not self._pending[Channel.FORWARD] and background and self._may_send_background():
-                batch = self._connection.next_batch(self._pace.batch_pages)
+                batch = self._connection.next_batch(self._background_pages())
                 if batch is not None:
                     self._queue_batch(batch)
             self._flush()
@@ -131,7 +128,7 @@ class SourceLoop:
         self._drain()
 
     def finish(self) -> None:
-        """END and EOF, then the wait for SHUT 0; RemoteProtocolError for any other status."""
+        """END and EOF, then the wait for SHUT 0."""
         self.send([self._connection.finish()])
         heard = time.monotonic()
         while self._connection.shut_status is None:
@@ -143,13 +140,6 @@ class SourceLoop:
                 self._wait(200)
         self.statistics.ended_at = time.monotonic()
         self._progress()
-        if self._connection.shut_status != 0:
-            raise RemoteProtocolError(
-                f"the destination ended with status {self._connection.shut_status}",
-                kind=ErrorKind.REMOTE,
-                channel=Channel.RETURN,
-                message=m.Shut.NAME,
-            )
 
     # ---- out
 
@@ -232,6 +222,12 @@ class SourceLoop:
         self._budget_at = now
         return self._budget > 0
 
+    def _background_pages(self) -> int:
+        """Pages of the next background batch: no more than a slice's worth of the bandwidth."""
+        if self._bandwidth is None:
+            return self._pace.batch_pages
+        return min(self._pace.batch_pages, max(1, int(self._bandwidth / 10) // TARGET_PAGE_SIZE))
+
     def _milliseconds_to_budget(self) -> int:
         if not self._bandwidth:
             return 200
@@ -253,6 +249,14 @@ class SourceLoop:
         now = time.monotonic_ns()
         self._connection.receive_data(data)
         while not isinstance(event := self._connection.next_event(), m.NeedData | m.EndOfStream):
+            if isinstance(event, m.Shut) and (event.status or self._connection.owed):
+                raise RemoteProtocolError(
+                    f"the destination ended with status {event.status}, "
+                    f"{self._connection.owed} pages before the end",
+                    kind=ErrorKind.REMOTE,
+                    channel=Channel.RETURN,
+                    message=m.Shut.NAME,
+                )
             if event == m.Pong(PING_LOADED):
                 self.statistics.loaded_at = now / 1e9
             if isinstance(event, m.ReqPages | m.ReqPagesId):
@@ -306,7 +310,7 @@ class _Pace:
     @property
     def batch_pages(self) -> int:
         """Pages of one background batch."""
-        return min(self._mode.value, LARGEST_BATCH) // TARGET_PAGE_SIZE
+        return self._mode.value // TARGET_PAGE_SIZE
 
     def update(self, requests: int) -> None:
         """Take note of how many requests have come so far."""
