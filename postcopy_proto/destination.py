@@ -22,7 +22,7 @@ from postcopy_proto.errors import (
     LocalProtocolError,
     RemoteProtocolError,
 )
-from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock, set_bits, test_bits
+from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock, ascends, set_bits, test_bits
 from postcopy_proto.states import (
     FORWARD,
     PLACED_ONCE,
@@ -310,7 +310,13 @@ class DestinationConnection:
                 message=pages.NAME,
             )
         bits = self.received[pages.block].bits
-        numbers = (pages.offsets // np.uint64(self._target_page_size)).astype(np.intp)
+        size = self._target_page_size
+        if ascends(pages.offsets, size):
+            first, end = int(pages.offsets[0]) // size, int(pages.offsets[-1]) // size + 1
+            if self.state not in PLACED_ONCE or bits.find(1, first, end) < 0:
+                bits[first:end] = True
+                return pages
+        numbers = (pages.offsets // np.uint64(size)).astype(np.intp)
         if self.state in PLACED_ONCE:
             fresh = ~test_bits(bits, numbers)
             count = int(np.count_nonzero(fresh))

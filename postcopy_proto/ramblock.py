@@ -72,11 +72,17 @@ def test_bits(bits: bitarray, numbers: NDArray[np.integer[Any]]) -> NDArray[np.b
     return result
 
 
+def ascends(values: NDArray[np.integer[Any]], step: int) -> bool:
+    """Whether each value is the one before it and `step` more; there is at least one."""
+    if int(values[-1]) - int(values[0]) != (len(values) - 1) * step:
+        return False
+    return len(values) == 1 or bool((values[1:] - values[:-1] == step).all())
+
+
 def set_bits(bits: bitarray, numbers: NDArray[np.integer[Any]]) -> None:
     """Set the bits with these numbers, in any order; `bits` in little-endian bit order."""
-    first, count = int(numbers[0]), len(numbers)
-    if int(numbers[-1]) - first == count - 1 and (np.diff(numbers) == 1).all():
-        bits[first : first + count] = True
+    if ascends(numbers, 1):
+        bits[int(numbers[0]) : int(numbers[-1]) + 1] = True
         return
     masks = np.left_shift(1, numbers & 7).astype(np.uint8)
     np.bitwise_or.at(np.frombuffer(memoryview(bits), np.uint8), numbers >> 3, masks)

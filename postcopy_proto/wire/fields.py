@@ -14,6 +14,7 @@ from construct import (
     GreedyBytes,
     Int8ub,
     Prefixed,
+    Renamed,
     Struct,
     Subconstruct,
 )
@@ -76,6 +77,9 @@ class Codec(Generic[M]):
     """A message and its layout: a schema whose named fields are the message's fields.
 
     Constants in the schema are written and checked, and are no fields of the message.
+
+    Where there is nothing but integers behind a constant, as at both ends of every section, they
+    are read by `struct`; what that does not take is the schema's to read or to refuse.
     """
 
     def __init__(self, message: type[M], schema: Construct) -> None:
@@ -84,6 +88,8 @@ class Codec(Generic[M]):
         self._fields = [
             field.name for field in schema.subcons if field.name and not _is_constant(field)
         ]
+        self._fixed = fixed_struct(schema) if _is_constant_and_integers(schema) else None
+        self._constant = schema.subcons[0].subcon.value if self._fixed else None
 
     def encode(self, message: M) -> bytes:
         """The bytes of `message`; ValueError when a value does not fit its field."""
@@ -96,6 +102,10 @@ class Codec(Generic[M]):
 
     def decode(self, data: bytes | memoryview) -> M:
         """The message in `data`; RemoteProtocolError when it does not follow the schema."""
+        if self._fixed is not None and len(data) >= self._fixed.size:
+            constant, *values = self._fixed.unpack_from(data)
+            if constant == self._constant:
+                return self.message(**dict(zip(self._fields, values, strict=True)))
         try:
             parsed = self.schema.parse(data)
         except ConstructError as error:
@@ -119,6 +129,13 @@ class Codec(Generic[M]):
 def _is_constant(field: Construct) -> bool:
     return isinstance(field, Const) or (
         isinstance(field, Subconstruct) and _is_constant(field.subcon)
+    )
+
+
+def _is_constant_and_integers(schema: Construct) -> bool:
+    constant, *fields = schema.subcons or (None,)
+    return _is_constant(constant) and all(
+        isinstance(field, Renamed) and isinstance(field.subcon, FormatField) for field in fields
     )
 
 

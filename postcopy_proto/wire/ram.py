@@ -5,7 +5,7 @@ stands in pages.py. Page payload is never copied: a batch points into the receiv
 
 A mix of pages and zero pages is read by a loop over records; once a run of one kind has gone on
 for a while, the headers that follow at its stride are checked together by numpy, in steps that
-double as long as all of them belong to the run.
+grow fourfold as long as all of them belong to the run.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ class _Batch:
             pos += taken * size
             if taken < step:
                 break
-            step *= 2
+            step *= 4
         return pos
 
     def _end_run(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+from construct import ConstructError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,8 +19,10 @@ from postcopy_proto.wire import (
     ReturnPathDecoder,
     encode,
     parse_package,
+    stream,
 )
 from postcopy_proto.wire.decoder import Decoder
+from postcopy_proto.wire.fields import Codec
 from postcopy_proto.wire.pages import join_pages
 from postcopy_proto.wire.return_path import (
     MESSAGE,
@@ -118,6 +121,29 @@ def test_named_requests_against_their_schema(start: int, length: int, block: str
     decoder = ReturnPathDecoder()
     decoder.receive_data(data)
     assert list(decoder) == [message]
+
+
+FIXED = [stream.SECTION_PART, stream.SECTION_END, stream.FOOTER, stream.EOF, stream._HEADER]
+"""layouts of a constant and integers, which are not read by their schema"""
+
+
+@pytest.mark.parametrize("codec", FIXED, ids=lambda codec: codec.message.NAME)
+@given(data=st.data())
+@many
+def test_fixed_layouts_against_their_schema(codec: Codec[m.Message], data: st.DataObject) -> None:
+    assert codec._fixed is not None
+    values = {name: data.draw(s.u32) for name in codec._fields}
+    built = codec.schema.build(values)
+    wrong = data.draw(st.binary(max_size=len(built) + 2))
+    for candidate in (built, built + wrong, b"\xff" + built[1:], built[:-1], wrong):
+        try:
+            parsed = codec.schema.parse(candidate)
+        except ConstructError:
+            with pytest.raises(RemoteProtocolError, match="not as laid out"):
+                codec.decode(candidate)
+        else:
+            expected = codec.message(**{name: parsed[name] for name in codec._fields})
+            assert codec.decode(memoryview(candidate)) == expected
 
 
 # ---- bytes at random: events or RemoteProtocolError, the same however they are cut
