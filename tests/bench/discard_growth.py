@@ -73,7 +73,7 @@ def markdown(points: list[Point]) -> str:
     peak = max(point.peak_bytes for point in points)
     lines += [
         "",
-        f"Most memory besides the bitmap, at any size and density: {peak / 2**20:.1f} MiB.",
+        f"Most memory besides the bitmap, up to 2^28 pages: {peak / 2**20:.1f} MiB.",
     ]
     return "\n".join(lines)
 
