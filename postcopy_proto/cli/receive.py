@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
                 accept_timeout=args.wait,
                 on_progress=show,
             ).run()
+        target.verify()
     finally:
         target.close()
     if args.json:

@@ -204,14 +204,20 @@ class FileTarget:
             self._guest.tick()
 
     def finish(self) -> None:
-        """Compare the guest's memory with the file, then give the file its final name."""
+        """Let the guest's touches end, and give the file its final name."""
         if self._guest is not None:
             self._guest.finish()
-            if self._guest.touch is not None:
-                compare(self._guest.guest, self._blocks, self.sink.read)
         # On disk it is only after `close`: until then the VM is where a stock destination would
         # have it too, in this host's memory, and the source need not wait for a disk.
         self.sink.finish(self._device_state)
+
+    def verify(self) -> None:
+        """Compare the memory of a guest that ran with the file; VerificationError on a difference.
+
+        After `finish`, and after the source has its SHUT: a check of ours need not keep it waiting.
+        """
+        if self._guest is not None and self._guest.touch is not None:
+            compare(self._guest.guest, self._blocks, self.sink.read)
 
     def close(self) -> None:
         """End the guest; bring the file to disk, or remove it if it was not finished."""
