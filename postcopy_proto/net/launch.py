@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import tempfile
@@ -13,7 +14,7 @@ from types import FrameType
 from typing import IO
 
 from postcopy_proto.errors import PostcopyError
-from postcopy_proto.net.qmp import Monitor
+from postcopy_proto.net.qmp import Monitor, QmpError
 
 START_SECONDS = 30.0
 """How long a QEMU may take to make its QMP socket."""
@@ -58,21 +59,34 @@ def launched(
         except OSError as error:
             raise LaunchError(f"can't start {command[0]}: {error.strerror}") from error
         try:
-            _wait_for(path, process)
-            with Monitor(str(path)) as monitor:
+            with _monitor(path, process) as monitor:
                 yield process, monitor
         except BaseException:
             stop(process)
             raise
 
 
+def _monitor(path: Path, process: subprocess.Popen[bytes]) -> Monitor:
+    _wait_for(path, process)
+    try:
+        return Monitor(str(path))
+    except QmpError as error:
+        # It may have made its socket, and then have found something wrong.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+            raise _ended_early(process) from error
+        raise
+
+
+def _ended_early(process: subprocess.Popen[bytes]) -> LaunchError:
+    return LaunchError(f"QEMU {ended(process)} before it was ready; what it printed says why")
+
+
 def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not path.exists():
         if process.poll() is not None:
-            raise LaunchError(
-                f"QEMU {ended(process)} before it was ready; what it printed says why"
-            )
+            raise _ended_early(process)
         if time.monotonic() > deadline:
             raise LaunchError(f"QEMU made no QMP socket within {START_SECONDS:g} s")
         time.sleep(0.002)

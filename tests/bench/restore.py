@@ -71,8 +71,10 @@ def restored(
     process = context.Process(target=_restore, args=(path, address, options, answers))
     process.start()
     watch()
-    answer: tuple[float, float, int, float] = answers.get(timeout=300)
-    process.join()
+    process.join(300)
+    if process.exitcode != 0:
+        raise SystemExit(f"our restore ended with {process.exitcode}")
+    answer: tuple[float, float, int, float] = answers.get(timeout=10)
     return answer
 
 

@@ -98,6 +98,6 @@ def test_what_can_go_wrong(lab: Lab, qemu_binary: str, saved: tuple[Path, bytes]
     assert "QEMU ended with code 1 before it was ready" in error
     code, error = run(path, "--", qemu_binary, "-incoming", "defer")
     assert code == 2
-    code, error = run(path, "--", qemu_binary, "-display", "none", "-machine", "q35,accel=tcg")
+    code, error = run(path, "--", qemu_binary, "-nodefaults", "-display", "none", "-machine", "q35")
     assert code == 1
     assert "machine type pc-i440fx-5.2" in error
