@@ -67,10 +67,15 @@ class Pair:
             events.append(event)
         return events
 
-    def switch(self, dirty: dict[str, DirtyBitmap] | None = None) -> Pair:
+    def switch(self) -> Pair:
         self.forward(self.source.start())
-        self.forward(*self.source.switchover(dirty, DEVICES))
+        self.switch_over(None)
         return self
+
+    def switch_over(self, dirty: dict[str, DirtyBitmap] | None) -> None:
+        # Each piece is good until the next one is asked for.
+        for piece in self.source.switchover(dirty, DEVICES):
+            self.forward(piece)
 
     def ask(self, *faults: tuple[str, int]) -> int:
         data, count = self.destination.request_pages(faults)
@@ -109,7 +114,7 @@ def test_precopy_then_only_what_is_dirty() -> None:
         pair.forward(pair.source.precopy(block.idstr, np.arange(block.page_count())))
     pair.vm.write("a", 3, 7)
     pair.vm.write("a", 5, 0)
-    pair.forward(*pair.source.switchover(pair.vm.dirty, DEVICES))
+    pair.switch_over(pair.vm.dirty)
     assert not pair.destination.has_page("a", 3 * PAGE)
     assert pair.destination.has_page("a", 4 * PAGE)
     before = len(pair.placed)
@@ -126,7 +131,7 @@ def test_nothing_dirty_still_discards_once() -> None:
     for block in pair.vm.blocks:
         pair.forward(pair.source.precopy(block.idstr, np.arange(block.page_count())))
     clean = {b.idstr: DirtyBitmap(b.page_count()) for b in pair.vm.blocks}
-    pair.forward(*pair.source.switchover(clean, DEVICES))
+    pair.switch_over(clean)
     assert [e for e in pair.events if isinstance(e, m.PostcopyRamDiscard)]
     pair.deliver()
     pair.end()
@@ -182,7 +187,7 @@ def test_huge_host_pages_travel_whole() -> None:
     pair.forward(pair.source.start())
     assert pair.destination.blocks["m0"].page_size == huge
     vm.dirty["m0"].bits[700] = True
-    pair.forward(*pair.source.switchover(vm.dirty, DEVICES))
+    pair.switch_over(vm.dirty)
     discards = [e for e in pair.events if isinstance(e, m.PostcopyRamDiscard)]
     assert discards == [m.PostcopyRamDiscard("m0", (ByteRange(huge, huge),))]
     pair.ask(("m0", huge + 5))
