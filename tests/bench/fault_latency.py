@@ -129,7 +129,7 @@ def measure(size: int, touches: int, *, push: bool, cpu: int | None) -> Service:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ram", type=int, default=1024, help="MiB to push (1024)")
-    parser.add_argument("--touches", type=int, default=2000)
+    parser.add_argument("--touches", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pin", action="store_true", help="each end to a CPU of its own")
     parser.add_argument("--json", action="store_true")
