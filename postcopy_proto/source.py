@@ -75,7 +75,7 @@ class PageBatch:
     """One piece of output of the postcopy phase."""
 
     data: memoryview
-    """bytes to send whole, good until the next batch of the same channel"""
+    """bytes to send whole, good until the next batch but one of its channel"""
     block: str
     pages: int
     """target pages in it, zero pages included"""
@@ -127,7 +127,9 @@ class SourceConnection:
         self._configuration = configuration
         self._target_page_size = target_page_size
         self._section_id = section_id
-        self._buffers = dict.fromkeys((Channel.FORWARD, Channel.PREEMPT), memoryview(b""))
+        self._buffers = dict.fromkeys(
+            (Channel.FORWARD, Channel.PREEMPT), (memoryview(b""), memoryview(b""))
+        )
         self._part_head = encode(m.SectionPart(section_id))
         self._part_tail = encode(m.RamEos()) + encode(m.SectionFooter(section_id))
         self._preempt = preempt
@@ -314,10 +316,12 @@ class SourceConnection:
         return out, zeros
 
     def _buffer(self, channel: Channel, size: int) -> memoryview:
-        """The buffer of a channel's batches, which each of them takes from the one before."""
-        if len(self._buffers[channel]) < size:
-            self._buffers[channel] = memoryview(bytearray(size))
-        return self._buffers[channel][:size]
+        """A buffer for a channel's next batch: of two, the one that was used longer ago."""
+        free, last = self._buffers[channel]
+        if len(free) < size:
+            free = memoryview(bytearray(size))
+        self._buffers[channel] = (last, free)
+        return free[:size]
 
     def _take(self, block: str, first: int, count: int) -> NDArray[np.intp]:
         """The pages of a range that are owed; they are owed no longer."""
