@@ -13,6 +13,7 @@ colons. Every process a lab starts dies with the test that started it.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import shutil
@@ -44,6 +45,7 @@ def binaries() -> list[str]:
     return [path for path in found if path] if has_nasm() else []
 
 
+@functools.cache
 def version_of(binary: str) -> str:
     """Like `7.2`."""
     text = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=30).stdout

@@ -82,12 +82,10 @@ def test_into_a_file_alone(lab: Lab, qemu_binary: str, repeat: int) -> None:
 
 
 @pytest.mark.userfault
+@pytest.mark.qemu_versions((7, 1), (999,))
 def test_a_source_with_a_preempt_channel(lab: Lab, qemu_binary: str, repeat: int) -> None:
-    major = int(version_of(qemu_binary).split(".")[0])
-    if major < 7:
-        pytest.xfail("postcopy-preempt came with 7.1")
     # Machine types up to 7.2 keep the protocol of that time: connect at once, EOS at the end.
-    machine = "pc-i440fx-7.1" if major == 7 else "pc-i440fx-8.0"
+    machine = "pc-i440fx-7.1" if version_of(qemu_binary)[0] == "7" else "pc-i440fx-8.0"
     source = lab.start(qemu_binary, GUEST, machine=machine)
     source.wait_letters(2)
     file = lab.path("save")

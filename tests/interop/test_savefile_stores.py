@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from postcopy_proto.savefile import MappedRam, SavedVm, SaveStream, open_saved_vm
 from tests.interop.guest import Guest
-from tests.interop.qemu import Lab, Qemu, version_of, wait_until
+from tests.interop.qemu import Lab, Qemu, wait_until
 from tests.savefile.test_libvirt import libvirt_header
 
 pytestmark = pytest.mark.qemu
@@ -57,9 +57,8 @@ def test_stream_and_its_cached_index(lab: Lab, qemu_binary: str) -> None:
     assert sorted(p.name for p in path.parent.glob("vm*")) == ["vm", "vm.postcopy-index"]
 
 
+@pytest.mark.qemu_versions((0,), (9, 0))
 def test_compressed_pages(lab: Lab, qemu_binary: str) -> None:
-    if version_of(qemu_binary) not in ("5.2", "7.2"):
-        pytest.skip("the capability compress was removed in QEMU 9.1")
     source = save(lab, qemu_binary, compress=True)
     vm = open_saved_vm(lab.path("vm"))
     assert (vm.zero_pages("pc.ram", np.arange(4096))).any()
@@ -91,10 +90,9 @@ def wait_for_passes(source: Qemu, count: int) -> None:
     )
 
 
+@pytest.mark.qemu_versions((9, 0), (999,))
 @pytest.mark.parametrize("offset", [0, 12345])
 def test_mapped_ram(lab: Lab, qemu_binary: str, offset: int) -> None:
-    if version_of(qemu_binary) in ("5.2", "7.2"):
-        pytest.skip("mapped-ram came with QEMU 9.0")
     path = lab.path("vm")
     uri = f"file:{path}" + (f",offset={offset}" if offset else "")
     source = save(lab, qemu_binary, uri=uri, mapped_ram=True)
