@@ -277,7 +277,7 @@ class Pages(Message):
         return None if position < 0 else self.data[position : position + self.page_size]
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """Maximal (first, count) of entries of one kind, contiguous in the block and in `data`.
+        """(first, count) of entries of one kind, contiguous in the block and in `data`.
 
         Entries of a run are either all zero pages with ascending offsets, or all pages whose
         bytes follow each other in `data` at one stride as their offsets do in the block.
