@@ -39,6 +39,50 @@ def walk(*messages: m.Message) -> ForwardState:
     return state
 
 
+# What each state has a place for, written out by hand: in QEMU's names, and without looking at the
+# code's tables. `name>STATE` leads to another state; all others stay.
+SECTION = "SECTION_PART SECTION_END SECTION_FOOTER EOS"
+ENCODED = "XBZRLE COMPRESS_PAGE MULTIFD_FLUSH"
+ALLOWED = {
+    F.HEADER: "QEMU_VM_FILE_MAGIC>CONFIGURATION",
+    F.CONFIGURATION: "CONFIGURATION>NONE",
+    F.NONE: "OPEN_RETURN_PATH PING UNKNOWN_COMMAND POSTCOPY_ADVISE>ADVISE SECTION_START>PRECOPY",
+    F.PRECOPY: f"{SECTION} MEM_SIZE PAGE {ENCODED} OPEN_RETURN_PATH PING SWITCHOVER_START "
+    "UNKNOWN_COMMAND DEVICE_STATE>DEVICE EOF>PRECOPY_END",
+    F.ADVISE: f"SECTION_START {SECTION} MEM_SIZE PAGE {ENCODED} OPEN_RETURN_PATH PING "
+    "SWITCHOVER_START UNKNOWN_COMMAND POSTCOPY_RAM_DISCARD>DISCARD PACKAGED>PACKAGE "
+    "DEVICE_STATE>DEVICE EOF>PRECOPY_END",
+    F.DISCARD: f"{SECTION} PAGE {ENCODED} PING SWITCHOVER_START UNKNOWN_COMMAND "
+    "POSTCOPY_RAM_DISCARD PACKAGED>PACKAGE",
+    F.PACKAGE: "POSTCOPY_LISTEN>LISTENING",
+    F.LISTENING: "DEVICE_STATE PING POSTCOPY_RUN>RUNNING",
+    F.RUNNING: f"{SECTION} PAGE COMPRESS_PAGE PING UNKNOWN_COMMAND EOF>END",
+    F.END: "",
+    F.DEVICE: "EOF>PRECOPY_END",
+    F.PRECOPY_END: "VMDESCRIPTION",
+    R.CLOSED: "OPEN_RETURN_PATH>OPEN",
+    R.OPEN: "PONG SWITCHOVER_ACK UNKNOWN_RP_MSG POSTCOPY_LISTEN>FAULTS SHUT>SHUT",
+    R.FAULTS: "PONG UNKNOWN_RP_MSG REQ_PAGES_ID>NAMED SHUT>SHUT",
+    R.NAMED: "REQ_PAGES_ID REQ_PAGES PONG UNKNOWN_RP_MSG SHUT>SHUT",
+    R.SHUT: "",
+}
+
+
+@pytest.mark.parametrize("state", [*F, *R], ids=lambda state: f"{type(state).__name__}.{state}")
+def test_each_state_allows_these_messages_and_no_others(state: ForwardState | ReturnPathState):
+    table = FORWARD if isinstance(state, ForwardState) else RETURN_PATH
+    # Two messages are called RECV_BITMAP, one in each direction; neither is in a table so far.
+    written = dict(entry.partition(">")[::2] for entry in ALLOWED[state].split())
+    assert {message.NAME: str(after) for message, after in table[state].items()} == {
+        name: after or str(state) for name, after in written.items()
+    }
+
+
+def test_a_states_name_is_what_errors_call_it() -> None:
+    assert [str(state) for state in F] == [state.name for state in F]
+    assert [str(state) for state in R] == [state.name for state in R]
+
+
 OPENING = (m.StreamHeader(), m.Configuration("pc"), m.OpenReturnPath(), m.Ping(1))
 SETUP = (m.SectionStart(2, "ram", 0, 4), m.RamBlockList(()), m.RamEos(), m.SectionFooter(2))
 PACKAGE = (m.Packaged(b""), m.PostcopyListen(), m.DeviceState(b"x"), m.Ping(3), m.PostcopyRun())
