@@ -64,7 +64,7 @@ from postcopy_proto.messages import (
     VmDescription,
     XbzrlePage,
 )
-from postcopy_proto.ramblock import ByteRange, PageSink, PageStore, RAMBlock
+from postcopy_proto.ramblock import ByteRange, PageSink, PageStore, RAMBlock, SinglePageStore
 from postcopy_proto.source import BackgroundOrder, PageBatch, SourceConnection
 from postcopy_proto.states import ForwardState, ReturnPathState
 from postcopy_proto.wire import (
@@ -155,6 +155,7 @@ __all__ = [
     "SectionPart",
     "SectionStart",
     "Shut",
+    "SinglePageStore",
     "SourceConnection",
     "StreamHeader",
     "SwitchoverAck",

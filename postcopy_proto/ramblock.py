@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from bitarray import bitarray
@@ -146,6 +146,17 @@ class PageStore(Protocol):
         A view of the store's own memory where it can be had without a copy; good until the
         next call.
         """
+
+
+@runtime_checkable
+class SinglePageStore(PageStore, Protocol):
+    """A store that has a quicker way to one page than through arrays of one.
+
+    A vCPU waits for one page: where the answer is made in microseconds, arrays are half of it.
+    """
+
+    def read_page(self, block: str, page: int) -> bytes | memoryview | None:
+        """The bytes of that page, None for a zero page; good until the next call."""
 
 
 class PageSink(Protocol):

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from bitarray import bitarray
@@ -34,7 +35,13 @@ from postcopy_proto.errors import (
     LocalProtocolError,
     RemoteProtocolError,
 )
-from postcopy_proto.ramblock import TARGET_PAGE_SIZE, PageStore, RAMBlock, encode_idstr
+from postcopy_proto.ramblock import (
+    TARGET_PAGE_SIZE,
+    PageStore,
+    RAMBlock,
+    SinglePageStore,
+    encode_idstr,
+)
 from postcopy_proto.states import (
     FORWARD,
     RETURN_PATH,
@@ -70,8 +77,7 @@ class BackgroundOrder(StrEnum):
     """behind the page asked for, as QEMU does: neighbours are likely next"""
 
 
-@dataclass(frozen=True, slots=True)
-class PageBatch:
+class PageBatch(NamedTuple):
     """One piece of output of the postcopy phase."""
 
     data: memoryview
@@ -124,6 +130,7 @@ class SourceConnection:
         if section_id == 0:
             raise ValueError("section id 0 belongs to another handler at every stock destination")
         self._store = store
+        self._read_page = store.read_page if isinstance(store, SinglePageStore) else self._read_one
         self._configuration = configuration
         self._target_page_size = target_page_size
         self._section_id = section_id
@@ -132,7 +139,7 @@ class SourceConnection:
         )
         self._part_head = encode(m.SectionPart(section_id))
         self._part_tail = encode(m.RamEos()) + encode(m.SectionFooter(section_id))
-        self._preempt = preempt
+        self._request_channel = Channel.PREEMPT if preempt else Channel.FORWARD
         self._order = order
         self._decoder = ReturnPathDecoder(limits=limits or Limits())
         self._error: RemoteProtocolError | None = None
@@ -244,18 +251,12 @@ class SourceConnection:
         self._require(ForwardState.RUNNING, "postcopy pages")
         while self._queue:
             request = self._queue[0]
-            count = min(request.page_count, self._whole_host_pages(request.block, page_limit))
-            pages = self._take(request.block, request.first_page, count)
-            request.first_page += count
-            request.page_count -= count
-            if request.page_count == 0:
-                self._queue.popleft()
-            if self._order is BackgroundOrder.AFTER_REQUEST:
-                self._cursor = (self._names.index(request.block), request.first_page)
-            if len(pages):
-                channel = Channel.PREEMPT if self._preempt else Channel.FORWARD
-                answered = range(request.number, request.number + 1)
-                return self._batch(request.block, pages, answered, channel)
+            if request.page_count == 1:
+                batch = self._answer_page(request)
+            else:
+                batch = self._answer_pages(request, page_limit)
+            if batch is not None:
+                return batch
         if background and self._owed_count:
             block, pages = self._take_background(page_limit)
             return self._batch(block, pages, range(0), Channel.FORWARD)
@@ -272,6 +273,57 @@ class SourceConnection:
             m.SectionFooter(self._section_id),
             m.Eof(),
         )
+
+    def finish_preempt(self) -> bytes:
+        """What ends the preempt channel: 7.1 and 7.2 wait for it before SHUT, later ones take it
+        without."""
+        return encode(m.RamEos())
+
+    def _answer_page(self, request: _Request) -> PageBatch | None:
+        """The page of the request that is first in the queue; None when it has left by now.
+
+        What a vCPU waits for is mostly one page: as `_answer_pages`, but without arrays.
+        """
+        self._queue.popleft()
+        block, page, channel = request.block, request.first_page, self._request_channel
+        if self._order is BackgroundOrder.AFTER_REQUEST:
+            self._cursor = (self._names.index(block), page + 1)
+        owed = self._owed[block]
+        if not owed[page]:
+            return None
+        owed[page] = 0
+        self._owed_count -= 1
+        named = self._last_block[channel] != block
+        self._last_block[channel] = block
+        content = self._read_page(block, page)
+        data = encode_page(block, page * self._target_page_size, content, named)
+        if channel is Channel.FORWARD:
+            data = b"".join((self._part_head, data, self._part_tail))
+        answered = range(request.number, request.number + 1)
+        return PageBatch(memoryview(data), block, 1, content is None, answered, channel)
+
+    def _read_one(self, block: str, page: int) -> memoryview | None:
+        """As `SinglePageStore.read_page`, from a store that has only the two questions."""
+        pages = np.array([page], np.intp)
+        if self._store.zero_pages(block, pages)[0]:
+            return None
+        content: memoryview = self._store.read_pages(block, pages)[0].data
+        return content
+
+    def _answer_pages(self, request: _Request, page_limit: int) -> PageBatch | None:
+        """The next pages of the request that is first in the queue, as far as they are owed."""
+        count = min(request.page_count, self._whole_host_pages(request.block, page_limit))
+        pages = self._take(request.block, request.first_page, count)
+        request.first_page += count
+        request.page_count -= count
+        if request.page_count == 0:
+            self._queue.popleft()
+        if self._order is BackgroundOrder.AFTER_REQUEST:
+            self._cursor = (self._names.index(request.block), request.first_page)
+        if not len(pages):
+            return None
+        answered = range(request.number, request.number + 1)
+        return self._batch(request.block, pages, answered, self._request_channel)
 
     def _batch(
         self, block: str, pages: NDArray[np.intp], requests: range, channel: Channel
@@ -298,11 +350,6 @@ class SourceConnection:
         named = self._last_block[channel] != block
         self._last_block[channel] = block
         zero = self._store.zero_pages(block, pages)
-        if len(pages) == 1:
-            # What a vCPU waits for is mostly one page.
-            content = None if zero[0] else self._store.read_pages(block, pages)[0].data
-            record = encode_page(block, int(pages[0]) * self._target_page_size, content, named)
-            return memoryview(b"".join((head, record, tail))), int(zero[0])
         rows = self._store.read_pages(block, pages[~zero])
         zeros = len(pages) - len(rows)
         size = zeros * ZERO_RECORD + len(rows) * (WORD_SIZE + self._target_page_size)
@@ -325,11 +372,6 @@ class SourceConnection:
 
     def _take(self, block: str, first: int, count: int) -> NDArray[np.intp]:
         """The pages of a range that are owed; they are owed no longer."""
-        if count == 1:
-            owed = self._owed[block]
-            found, owed[first] = owed[first], 0
-            self._owed_count -= found
-            return np.array([first] if found else [], np.intp)
         bits = self._owed[block][first : first + count]
         pages = first + np.flatnonzero(np.frombuffer(bits.unpack(), np.bool_))
         self._owed[block][first : first + count] = False
@@ -382,6 +424,11 @@ class SourceConnection:
         return event
 
     def _accept(self, event: m.Message) -> None:
+        if type(event) is m.ReqPages and self.return_path_state is ReturnPathState.NAMED:
+            # The message that a vCPU waits behind; the state stays what it is.
+            assert self._requested_block is not None
+            self._enqueue(event.NAME, self._requested_block, event.start, event.length)
+            return
         if isinstance(event, m.EndOfStream):
             if self.return_path_state is not ReturnPathState.SHUT:
                 raise RemoteProtocolError(
@@ -402,9 +449,6 @@ class SourceConnection:
             case m.ReqPagesId(start, length, block):
                 self._requested_block = block
                 self._enqueue(event.NAME, block, start, length)
-            case m.ReqPages(start, length):
-                assert self._requested_block is not None  # by the state NAMED
-                self._enqueue(event.NAME, self._requested_block, start, length)
             case m.Shut(status):
                 self.shut_status = status
             case _:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from postcopy_proto import messages as m
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
 from postcopy_proto.ramblock import RAMBlock, decode_idstr
-from postcopy_proto.savefile.pages import PageReader
+from postcopy_proto.savefile.pages import ZERO, PageReader
 from postcopy_proto.savefile.source import ReadOnlyFile, broken, relocated, with_page_sizes
 from postcopy_proto.wire import ForwardDecoder, Limits
 from postcopy_proto.wire.forward import CAPABILITY_MAPPED_RAM
@@ -82,6 +82,12 @@ class MappedRam:
         """The pages' bytes, shape (n, target page size); good until the next call."""
         offsets = self._pages_at[block] + pages.astype(np.int64) * self.target_page_size
         return self._reader.read(offsets)
+
+    def read_page(self, block: str, page: int) -> memoryview | None:
+        """One page's bytes, None for a zero page; good until the next call."""
+        present = self._bitmaps[block].item(page >> 3) >> (page & 7) & 1
+        offset = self._pages_at[block] + page * self.target_page_size
+        return self._reader.read_page(offset if present else ZERO)
 
     def close(self) -> None:
         """Close the file."""

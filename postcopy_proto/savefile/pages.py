@@ -32,6 +32,17 @@ class PageReader:
         self._page_size = page_size
         self._buffer = np.empty(0, np.uint8)
         self._rows = np.empty((0, page_size), np.uint8)
+        self._page = memoryview(bytearray(page_size))
+
+    def read_page(self, value: int) -> memoryview | None:
+        """As `read`, for one value; None for a zero page."""
+        if value == ZERO:
+            return None
+        if 0 <= value < PATCHED:
+            self._file.read_into(self._page, value)
+        else:
+            self._page[:] = self._read_scattered(np.array([value]))[0].data
+        return self._page
 
     def read(self, values: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The pages that these values of an index stand for, shape (n, page size).

@@ -77,8 +77,7 @@ class ReadOnlyFile:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer; RemoteProtocolError where the file ends before."""
-        while buffer:
-            count = os.preadv(self.descriptor, [buffer], offset)
+        while (count := os.preadv(self.descriptor, [buffer], offset)) < len(buffer):
             if count == 0:
                 raise broken(f"{self.path} ends here", offset, kind=ErrorKind.TRUNCATED)
             buffer, offset = buffer[count:], offset + count

@@ -52,6 +52,10 @@ class SaveStream:
         """The pages' bytes, shape (n, target page size); good until the next call."""
         return self._reader.read(self._index.arrays[block][pages])
 
+    def read_page(self, block: str, page: int) -> memoryview | None:
+        """One page's bytes, None for a zero page; good until the next call."""
+        return self._reader.read_page(self._index.arrays[block].item(page))
+
     def close(self) -> None:
         """Close the file and its index."""
         self._index.close()

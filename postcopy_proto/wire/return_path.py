@@ -45,6 +45,7 @@ from construct import (
 
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
 from postcopy_proto.messages import (
+    NEED_DATA,
     EndOfStream,
     Message,
     NeedData,
@@ -265,6 +266,9 @@ class ReturnPathDecoder(Decoder):
             return self._requests.pop()
         if self._in_requests:
             self._event_offset, self._in_requests = self.event_offset, False
+        buffer = self._buffer
+        if buffer.pos == buffer.end and self._error is None and not (buffer.pending or buffer.eof):
+            return NEED_DATA  # as found out below, but not by an exception
         return super().next_event()
 
     def __iter__(self) -> Iterator[Message]:
@@ -281,9 +285,15 @@ class ReturnPathDecoder(Decoder):
 
     def _read(self) -> Message:
         buffer = self._buffer
+        if buffer.end - buffer.pos >= REQUEST.size:
+            # The message that counts, without a detour.
+            kind, length, start, size = REQUEST.unpack_from(buffer.view, buffer.pos)
+            if kind == 4 and length == 12:
+                return self._read_requests(start, size)
         head = buffer.peek(FRAME_SIZE)
         if head == _REQUEST_HEAD:
-            return self._read_requests()
+            _, _, start, size = REQUEST.unpack(buffer.peek(REQUEST.size))
+            return self._read_requests(start, size)
         number, length = int.from_bytes(head[:2], "big"), int.from_bytes(head[2:], "big")
         self._check(number, length)
         if number == MigRpMsg.RECV_BITMAP:
@@ -296,12 +306,11 @@ class ReturnPathDecoder(Decoder):
         buffer.skip(len(record))
         return message
 
-    def _read_requests(self) -> ReqPages:
+    def _read_requests(self, start: int, length: int) -> ReqPages:
+        """The REQ_PAGES at the read position, whose fields these are, and those behind it."""
         buffer = self._buffer
-        record = buffer.peek(REQUEST.size)
         count = (buffer.end - buffer.pos) // REQUEST.size
         if count < self._FEW:
-            _, _, start, length = REQUEST.unpack(record)
             buffer.skip(REQUEST.size)
             return ReqPages(start, length)
         requests = decode_requests(buffer.view, buffer.pos, min(count, self._BATCH))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from postcopy_proto import messages as m
+from postcopy_proto.ramblock import SinglePageStore
 from postcopy_proto.savefile import SavedVm
 from postcopy_proto.wire import encode
 
@@ -99,3 +100,8 @@ def assert_same_pages(vm: SavedVm, stream: SaveStreamBuilder, seed: int = 0) -> 
         for pages in (everything, random.permutation(everything), everything[::3], everything[7:8]):
             np.testing.assert_array_equal(vm.read_pages(name, pages), memory[pages])
         assert vm.read_pages(name, everything[:0]).shape == (0, PAGE)
+        if isinstance(vm, SinglePageStore):
+            for page in everything.tolist():
+                content = vm.read_page(name, page)
+                assert (content is None) == zero[page]
+                assert bytes(content or bytes(PAGE)) == memory[page].tobytes()

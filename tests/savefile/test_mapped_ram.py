@@ -61,6 +61,9 @@ def test_pages_stand_at_their_places(tmp_path: Path) -> None:
         np.testing.assert_array_equal(zero, ~memory[pages].any(axis=1))
         for wanted in (pages[~zero], np.sort(pages)):
             np.testing.assert_array_equal(vm.read_pages(name, wanted), memory[wanted])
+        for page, row in enumerate(memory):
+            assert bytes(vm.read_page(name, page) or bytes(PAGE)) == row.tobytes()
+            assert (vm.read_page(name, page) is None) == (not row.any())
     vm.close()
     assert [path.name for path in tmp_path.iterdir()] == ["vm"]
 

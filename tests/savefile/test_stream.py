@@ -8,6 +8,7 @@ import pytest
 
 from postcopy_proto import messages as m
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
+from postcopy_proto.ramblock import SinglePageStore
 from postcopy_proto.savefile import FlatRam, SaveFileSink, SaveStream, open_saved_vm
 from postcopy_proto.savefile.index import SUFFIX
 from postcopy_proto.savefile.source import SavedVm
@@ -40,6 +41,13 @@ def test_the_last_record_of_a_page_wins(tmp_path: Path, seed: int, cache: bool) 
         assert (vm.section_id, vm.configuration.machine) == (2, "pc-i440fx-7.2")
         vm.close()
     assert (tmp_path / f"vm{SUFFIX}").exists() is cache
+
+
+def test_it_has_the_quick_way_to_one_page(tmp_path: Path) -> None:
+    (tmp_path / "vm").write_bytes(SaveStreamBuilder().random(1).data)
+    vm = open_saved_vm(tmp_path / "vm")
+    assert isinstance(vm, SinglePageStore)
+    vm.close()
 
 
 def test_compressed_and_xbzrle_records(tmp_path: Path) -> None:
