@@ -78,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to favour: the page somebody waits for, or the rest (latency)",
     )
     parser.add_argument(
+        "--preempt",
+        action="store_true",
+        help="a second connection for the pages that the VM waits for; the destination needs the "
+        "capability postcopy-preempt (QEMU 7.2 and later)",
+    )
+    parser.add_argument(
         "--timeout",
         type=float,
         default=60.0,
@@ -102,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         address = None if args.to is None else parse_address(args.to)
     except ValueError as error:
         return usage(error)
+    if args.preempt and address is not None and address.kind == "fd":
+        return usage("--preempt needs an address that can be connected to twice")
     if (code := check(args)) is not None:
         return code
     with opened(args) as vm:
@@ -164,6 +172,7 @@ def deliver(
         drain_after=args.drain_after,
         order=BackgroundOrder(args.background_order),
         mode=TransferMode[args.mode.upper()],
+        preempt=args.preempt,
         silence=args.timeout or None,
     )
     with _bar(vm, not args.json) as show, _first_interrupt(options.bandwidth == 0) as interrupted:

@@ -17,25 +17,29 @@ class IncomingQemu:
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
 
-    def listen(self, address: Address) -> None:
-        """Have it wait for us there, ready for postcopy.
+    def listen(self, address: Address, *, preempt: bool = False) -> None:
+        """Have it wait for us there, ready for postcopy, and with `preempt` for two connections.
 
         HostUnsupportedError with QEMU's reasons when its host can't do postcopy; QmpError when it
-        was not started with `-incoming defer`.
+        was not started with `-incoming defer`, or knows no postcopy-preempt.
         """
         status = self._monitor.execute("query-status")["status"]
         if status != "inmigrate":
             raise QmpError(
                 f"this QEMU is {status}; start it with -incoming defer for a VM to be restored"
             )
-        self._set_postcopy()
+        self._set("postcopy-ram")
+        if preempt:
+            self._set("postcopy-preempt")
         self._monitor.execute("migrate-incoming", uri=str(address))
 
-    def _set_postcopy(self) -> None:
-        capability = {"capability": "postcopy-ram", "state": True}
+    def _set(self, name: str) -> None:
+        capability = {"capability": name, "state": True}
         try:
             self._monitor.execute("migrate-set-capabilities", capabilities=[capability])
         except QmpError as error:
+            if f"'{name}'" in str(error):
+                raise QmpError(f"this QEMU has no capability {name}: {error}") from error
             if "not supported" not in str(error):
                 raise
             advice = "postcopy probe says what is missing"

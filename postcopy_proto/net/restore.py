@@ -17,7 +17,13 @@ from dataclasses import dataclass
 from postcopy_proto.errors import Channel, PostcopyError, RemoteProtocolError
 from postcopy_proto.net.incoming import IncomingQemu
 from postcopy_proto.net.source_loop import SourceLoop, SourceStatistics
-from postcopy_proto.net.transport import Address, TransferMode, TransportError, connect
+from postcopy_proto.net.transport import (
+    Address,
+    TransferMode,
+    TransportError,
+    connect,
+    wait_until_accepted,
+)
 from postcopy_proto.savefile import SavedVm
 from postcopy_proto.source import RAM_SECTION_ID, BackgroundOrder, SourceConnection
 
@@ -32,6 +38,9 @@ class RestoreOptions:
     """with a bandwidth of 0: seconds after which the rest is sent all the same"""
     order: BackgroundOrder = BackgroundOrder.AFTER_REQUEST
     mode: TransferMode = TransferMode.LATENCY
+    preempt: bool = False
+    """send pages that are asked for over a connection of their own; the destination must have the
+    capability postcopy-preempt"""
     silence: float | None = 60.0
     """seconds that the destination may keep us waiting; None: no limit"""
 
@@ -65,9 +74,15 @@ def restore(
             address = Address("unix", path=f"{directory}/incoming")
         try:
             if qemu is not None:
-                qemu.listen(address)
-            sock = stack.enter_context(connect(address, options.silence))
-            statistics = Restore(vm, sock, options, on_progress, may_drain).run()
+                qemu.listen(address, preempt=options.preempt)
+            forward = stack.enter_context(connect(address, options.silence))
+
+            def connect_preempt() -> socket.socket:
+                wait_until_accepted(forward, options.silence)
+                return stack.enter_context(connect(address, options.silence))
+
+            second = connect_preempt if options.preempt else None
+            statistics = Restore(vm, forward, options, on_progress, may_drain, second).run()
             if qemu is not None:
                 qemu.wait(options.silence)
         except RestoreError as error:
@@ -77,7 +92,10 @@ def restore(
 
 
 class Restore:
-    """One restore of `vm` over the connected socket `forward`; see `restore`."""
+    """One restore of `vm` over the connected socket `forward`; see `restore`.
+
+    `connect_preempt` makes the second connection, when it is time for that.
+    """
 
     def __init__(
         self,
@@ -86,15 +104,18 @@ class Restore:
         options: RestoreOptions,
         on_progress: Callable[[SourceStatistics], None] | None = None,
         may_drain: Callable[[], bool] | None = None,
+        connect_preempt: Callable[[], socket.socket] | None = None,
     ) -> None:
         self._vm = vm
         self._options = options
         self._may_drain = may_drain
+        self._connect_preempt = connect_preempt
         self._connection = SourceConnection(
             vm,
             vm.configuration,
             target_page_size=vm.target_page_size,
             section_id=vm.section_id or RAM_SECTION_ID,
+            preempt=connect_preempt is not None,
             order=options.order,
         )
         self._loop = SourceLoop(
@@ -111,6 +132,10 @@ class Restore:
         connection, loop = self._connection, self._loop
         try:
             loop.send([connection.start()])
+            if self._connect_preempt is not None:
+                # Behind the header: 10.1 and later know the first connection by it. Before any
+                # answer: 7.1 and 7.2 read nothing until both are there.
+                loop.open_preempt(self._connect_preempt())
             loop.send(connection.switchover(None, self._vm.device_state))
             loop.statistics.package_at = time.monotonic()
             if self._options.bandwidth == 0:

@@ -36,6 +36,15 @@ QUIET_SECONDS = 0.02
 quiet time may wait longer, the next ones do not."""
 
 
+HOUSEKEEPING_MILLISECONDS = 200
+"""How long we may wait, or only answer requests, before everything else is looked after."""
+
+AWAKE_NANOSECONDS = 100_000
+"""How long we look for the next request after an answer before we sleep: a VM that faults mostly
+faults again at once, and waking us costs as much as the answer. Measured at a stock destination on
+two CPUs, mean fault: 95 us without, 85 with 50 us, 65 with 100 or 200 us."""
+
+
 @dataclass(slots=True)
 class SourceStatistics:
     """What went out of a source; times are on the monotonic clock."""
@@ -64,6 +73,17 @@ class SourceStatistics:
         return (self.ended_at or time.monotonic()) - self.started_at
 
 
+@dataclass(slots=True)
+class _Out:
+    """A socket that we write to, and what the kernel has not taken of it yet."""
+
+    channel: Channel
+    sock: socket.socket
+    pending: deque[memoryview] = field(default_factory=deque)
+    watched: int = 0
+    """the events that poll looks for"""
+
+
 class SourceLoop:
     """Sends what a `SourceConnection` gives, over `forward` and perhaps `preempt`.
 
@@ -84,32 +104,41 @@ class SourceLoop:
         on_progress: Callable[[SourceStatistics], None] | None = None,
     ) -> None:
         self._connection = connection
-        self._sockets = {Channel.FORWARD: forward}
+        self._poll = select.poll()
+        self._outs: list[_Out] = []
+        self._forward = self._urgent = self._open(Channel.FORWARD, forward)
         if preempt is not None:
-            self._sockets[Channel.PREEMPT] = preempt
-        for sock in self._sockets.values():
-            sock.setblocking(False)
+            self.open_preempt(preempt)
         self._pace = _Pace(forward, mode)
         self._moved = 0
         self._moved_at = time.monotonic()
         self._silence = silence
         self._bandwidth = bandwidth
         self._on_progress = on_progress
-        self._pending: dict[Channel, deque[memoryview]] = {c: deque() for c in self._sockets}
-        self._poll = select.poll()
         self._asked_at: dict[int, int] = {}
         self._numbered = 0
+        self._answered_ns = 0
         self._ended = False
         self._budget_at = time.monotonic()
         self._budget = 0.0
         self.statistics = SourceStatistics()
+
+    def open_preempt(self, sock: socket.socket) -> None:
+        """The second connection, for pages that are asked for; before any is."""
+        self._urgent = self._open(Channel.PREEMPT, sock)
+
+    def _open(self, channel: Channel, sock: socket.socket) -> _Out:
+        sock.setblocking(False)
+        out = _Out(channel, sock)
+        self._outs.append(out)
+        return out
 
     # ---- the phases
 
     def send(self, pieces: Iterable[bytes | memoryview]) -> None:
         """Send pieces of the forward channel in order, reading the return path meanwhile."""
         for piece in pieces:
-            self._queue(Channel.FORWARD, memoryview(piece))
+            self._push(self._forward, memoryview(piece))
             self._drain()
 
     def deliver(self, *, until: Callable[[], bool] | None = None, background: bool = True) -> None:
@@ -122,23 +151,45 @@ class SourceLoop:
             self._receive()
             self._answer()
             self._pace.update(self.statistics.requests)
-            if self._pace.has_room(self._pending[Channel.FORWARD]) and (
-                background and self._may_send_background()
-            ):
+            if background and self._has_room() and self._may_send_background():
                 batch = self._connection.next_batch(self._background_pages())
                 if batch is not None:
-                    self._queue_batch(batch)
+                    self._push_batch(batch)
             self._flush()
-            idle = not any(self._pending.values())
-            room = self._pace.has_room(self._pending[Channel.FORWARD])
-            if not (room and background and self._may_send_background()):
-                self._wait(self._milliseconds_to_budget() if idle else 200)
+            if not (background and self._has_room() and self._may_send_background()):
+                if self._is_stalled():
+                    self._wait(HOUSEKEEPING_MILLISECONDS)
+                else:
+                    self._serve(self._milliseconds_to_budget())
             self._check_moving()
             self._progress()
         self._drain()
 
+    def _serve(self, milliseconds: int) -> None:
+        """Answer requests as they come, for that long, and see to nothing else.
+
+        A vCPU waits for every step from its request to its page, and with the VM on the same CPUs
+        each runs from cold caches: pace, progress and patience can wait.
+        """
+        deadline = time.monotonic_ns() + milliseconds * 1_000_000
+        while self._connection.owed and not self._is_stalled() and self._is_asked(deadline):
+            self._receive()
+            self._answer()
+
+    def _is_asked(self, deadline: int) -> bool:
+        """Whether anything comes on the return path until then, in monotonic nanoseconds."""
+        self._watch(self._forward, select.POLLIN)
+        poll = self._poll.poll
+        while (now := time.monotonic_ns()) - self._answered_ns < AWAKE_NANOSECONDS:
+            if poll(0):
+                return True
+        return bool(poll(max(0, -(-(deadline - now) // 1_000_000))))
+
     def finish(self) -> None:
         """END and EOF, then the wait for SHUT 0."""
+        if self._urgent is not self._forward:
+            # At first: with its EOF and all its pages a destination may hang up at once.
+            self._push(self._urgent, memoryview(self._connection.finish_preempt()))
         self.send([self._connection.finish()])
         heard = time.monotonic()
         while self._connection.shut_status is None:
@@ -147,7 +198,7 @@ class SourceLoop:
             elif self._silence is not None and time.monotonic() - heard > self._silence:
                 raise self._timeout("SHUT")
             if self._connection.shut_status is None:
-                self._wait(200)
+                self._wait(HOUSEKEEPING_MILLISECONDS)
         self.statistics.ended_at = time.monotonic()
         self._progress()
 
@@ -155,60 +206,73 @@ class SourceLoop:
 
     def _answer(self) -> None:
         """Send every page asked for that can go now, before anything else."""
-        while self._connection.has_requests and self._channel_for_requests_is_free():
-            batch = self._connection.next_batch(self._pace.batch_pages, background=False)
+        connection, urgent = self._connection, self._urgent
+        while connection.has_requests and not urgent.pending:
+            batch = connection.next_batch(self._pace.batch_pages, background=False)
             if batch is None:
-                return
-            self._queue_batch(batch)
-            self._flush()
-        if not self._connection.has_requests:
+                break
+            self._push_batch(batch)
+        if not connection.has_requests:
             self._asked_at.clear()  # what is left was asked for when it was on its way already
 
-    def _channel_for_requests_is_free(self) -> bool:
-        channel = Channel.PREEMPT if Channel.PREEMPT in self._sockets else Channel.FORWARD
-        return not self._pending[channel]
-
-    def _queue_batch(self, batch: PageBatch) -> None:
-        self._queue(batch.channel, batch.data)
-        self._flush()
+    def _push_batch(self, batch: PageBatch) -> None:
+        self._push(self._forward if batch.channel is Channel.FORWARD else self._urgent, batch.data)
         statistics = self.statistics
         statistics.pages += batch.pages - batch.zero_pages
         statistics.zero_pages += batch.zero_pages
-        if batch.urgent:
-            statistics.requested_pages += batch.pages
-        else:
+        if not batch.requests:
             self._budget -= len(batch.data)
-        now = time.monotonic_ns()
+            return
+        statistics.requested_pages += batch.pages
+        self._answered_ns = now = time.monotonic_ns()
         for number in batch.requests:
             asked_at = self._asked_at.pop(number, None)
             if asked_at is not None:
                 statistics.request_latency_ns.append(now - asked_at)
 
-    def _queue(self, channel: Channel, data: memoryview) -> None:
-        self._pending[channel].append(data)
+    def _push(self, out: _Out, data: memoryview) -> None:
+        """Hand to the kernel what it takes, and keep the rest."""
+        if not out.pending:
+            sent = self._try_to_send(out, data)
+            if sent == len(data):
+                return
+            data = data[sent:]
+        out.pending.append(data)
 
     def _flush(self) -> None:
         """Hand to the kernel what it takes now."""
-        for channel, pending in self._pending.items():
+        for out in self._outs:
+            pending = out.pending
             while pending:
-                try:
-                    sent = self._sockets[channel].send(pending[0])
-                except (BlockingIOError, InterruptedError):
-                    break
-                except OSError as error:
-                    raise self._broken(channel, error) from error
-                self.statistics.bytes += sent
-                if sent == len(pending[0]):
-                    pending.popleft()
-                else:
+                sent = self._try_to_send(out, pending[0])
+                if sent < len(pending[0]):
                     pending[0] = pending[0][sent:]
+                    break
+                pending.popleft()
+
+    def _try_to_send(self, out: _Out, data: memoryview) -> int:
+        try:
+            sent = out.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            raise self._broken(out.channel, error) from error
+        self.statistics.bytes += sent
+        return sent
+
+    def _is_stalled(self) -> bool:
+        """Whether the kernel has not taken all that was to be sent."""
+        return bool(self._forward.pending or self._urgent.pending)
+
+    def _has_room(self) -> bool:
+        return self._pace.has_room(self._forward.pending)
 
     def _drain(self) -> None:
         """Send all that is queued; the destination must go on reading."""
         self._flush()
-        while any(self._pending.values()):
+        while self._is_stalled():
             self._receive()
-            self._wait(200)
+            self._wait(HOUSEKEEPING_MILLISECONDS)
             self._flush()
             self._check_moving()
         self._progress()
@@ -216,7 +280,7 @@ class SourceLoop:
     def _check_moving(self) -> None:
         """Give up on a destination that has read nothing for too long though something waits."""
         moved, now = self.statistics.bytes, time.monotonic()
-        if moved != self._moved or not any(self._pending.values()):
+        if moved != self._moved or not self._is_stalled():
             self._moved, self._moved_at = moved, now
         elif self._silence is not None and now - self._moved_at > self._silence:
             raise self._timeout("our bytes to be read")
@@ -240,8 +304,9 @@ class SourceLoop:
 
     def _milliseconds_to_budget(self) -> int:
         if not self._bandwidth:
-            return 200
-        return max(1, min(200, int(-self._budget / self._bandwidth * 1000)))
+            return HOUSEKEEPING_MILLISECONDS
+        milliseconds = int(-self._budget / self._bandwidth * 1000)
+        return max(1, min(HOUSEKEEPING_MILLISECONDS, milliseconds))
 
     # ---- in
 
@@ -250,40 +315,59 @@ class SourceLoop:
         if self._ended:
             return False
         try:
-            data = self._sockets[Channel.FORWARD].recv(RECEIVE_BYTES)
+            data = self._forward.sock.recv(RECEIVE_BYTES)
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
             raise self._broken(Channel.RETURN, error) from error
         self._ended = not data
         now = time.monotonic_ns()
-        self._connection.receive_data(data)
-        while not isinstance(event := self._connection.next_event(), m.NeedData | m.EndOfStream):
-            if isinstance(event, m.Shut) and (event.status or self._connection.owed):
-                raise RemoteProtocolError(
-                    f"the destination ended with status {event.status}, "
-                    f"{self._connection.owed} pages before the end",
-                    kind=ErrorKind.REMOTE,
-                    channel=Channel.RETURN,
-                    message=m.Shut.NAME,
-                )
-            if event == m.Pong(PING_LOADED):
-                self.statistics.loaded_at = now / 1e9
-            if isinstance(event, m.ReqPages | m.ReqPagesId):
+        connection = self._connection
+        connection.receive_data(data)
+        while (event := connection.next_event()) is not m.NEED_DATA:
+            if isinstance(event, (m.ReqPages, m.ReqPagesId)):
                 self._asked_at[self._numbered] = now
                 self._numbered += 1
-                self.statistics.requests += 1
-                if self.statistics.first_request_at is None:
-                    self.statistics.first_request_at = now / 1e9
+            elif isinstance(event, m.EndOfStream):
+                break
+            else:
+                self._take_note(event, now)
+        if self._numbered != self.statistics.requests:
+            if not self.statistics.requests:
+                self.statistics.first_request_at = now / 1e9
+            self.statistics.requests = self._numbered
         return True
 
+    def _take_note(self, event: m.Message | m.NeedData, now: int) -> None:
+        """What else than a request came, at that monotonic time in nanoseconds."""
+        if isinstance(event, m.Shut) and (event.status or self._connection.owed):
+            raise RemoteProtocolError(
+                f"the destination ended with status {event.status}, "
+                f"{self._connection.owed} pages before the end",
+                kind=ErrorKind.REMOTE,
+                channel=Channel.RETURN,
+                message=m.Shut.NAME,
+            )
+        if event == m.Pong(PING_LOADED):
+            self.statistics.loaded_at = now / 1e9
+
     def _wait(self, milliseconds: int) -> None:
-        for channel, sock in self._sockets.items():
-            wanted = select.POLLOUT if self._pending[channel] else 0
-            if channel is Channel.FORWARD and not self._ended:
+        """Until a socket that we wait for is ready, or that time is over."""
+        for out in self._outs:
+            wanted = select.POLLOUT if out.pending else 0
+            if out is self._forward and not self._ended:
                 wanted |= select.POLLIN
-            self._poll.register(sock, wanted)
+            self._watch(out, wanted)
         self._poll.poll(milliseconds)
+
+    def _watch(self, out: _Out, events: int) -> None:
+        if out.watched == events:
+            return
+        out.watched = events
+        if events:
+            self._poll.register(out.sock, events)
+        else:  # or it would wake us when the peer hangs up, again and again
+            self._poll.unregister(out.sock)
 
     def _progress(self) -> None:
         if self._on_progress is not None:

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
+import termios
+import time
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from postcopy_proto.errors import PostcopyError
+
+CONFIRMATION_POLL_SECONDS = 0.0005
+"""less than a round trip to another machine in most networks"""
 
 
 class TransferMode(Enum):
@@ -166,6 +172,22 @@ def connect(address: Address, timeout: float | None = None) -> socket.socket:
         raise TransportError(f"can't connect to {address}: {error.strerror or error}") from error
     tune(connection)
     return connection
+
+
+def wait_until_accepted(connection: socket.socket, timeout: float | None = None) -> None:
+    """Until a second connection can't overtake this one, over which something was sent.
+
+    A Unix listener has connections in order. Over TCP ours may count as connected while the
+    handshake's last packet is still lost: not, when the peer's kernel has confirmed what we sent.
+    TransportError when it does not within `timeout` seconds.
+    """
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while any(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4))):
+        if deadline is not None and time.monotonic() > deadline:
+            raise TransportError(f"nobody confirmed what was sent within {timeout:g} s")
+        time.sleep(CONFIRMATION_POLL_SECONDS)
 
 
 def tune(connection: socket.socket) -> None:

@@ -174,6 +174,61 @@ def test_restored_on_huge_pages(
     assert_goes_on(qemu, saved)
 
 
+@pytest.mark.qemu_versions((7, 2), (999,))
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_over_two_connections(
+    lab: Lab, saved_vms: SavedVms, qemu_binary: str, transport: str, repeat: int
+) -> None:
+    saved = saved_vms.get(qemu_binary)
+    qemu = destination(lab, qemu_binary, saved)
+    to = [] if transport == "unix" else ["--to", f"tcp:127.0.0.1:{free_port()}"]
+    process = postcopy(
+        *("restore", saved.path, "--qmp", qemu.qmp_path, *to, "--preempt", "--json"),
+        *("--background-bandwidth", 0, "--drain-after", 1),
+    )
+    result = json.loads(finished(process))
+    assert result["requests"] > 200  # answered on the second one: nothing else was sent at first
+    assert_goes_on(qemu, saved)
+
+
+@pytest.mark.qemu_versions((7, 2), (999,))
+def test_over_two_connections_to_an_address(
+    lab: Lab, saved_vms: SavedVms, qemu_binary: str
+) -> None:
+    saved = saved_vms.get(qemu_binary, LARGE, memory_mib=128)
+    qemu = destination(lab, qemu_binary, saved)
+    address = f"unix:{lab.path('in')}"
+    qemu.capabilities(postcopy_ram=True, postcopy_preempt=True)
+    qemu.incoming(address)
+    finished(postcopy("restore", saved.path, "--to", address, "--preempt"))
+    assert_goes_on(qemu, saved)
+
+
+@pytest.mark.hugetlb
+@pytest.mark.usefixtures("hugepages")
+@pytest.mark.qemu_versions((7, 2), (999,))
+def test_over_two_connections_on_huge_pages(
+    lab: Lab, saved_vms: SavedVms, qemu_binary: str, repeat: int
+) -> None:
+    guest = Guest(dirty_end=HUGEPAGE, fill_end=8 << 20)
+    saved = saved_vms.get(qemu_binary, guest, hugepages=True)
+    qemu = destination(lab, qemu_binary, saved, hugepages=True)
+    finished(
+        postcopy("restore", saved.path, "--qmp", qemu.qmp_path, "--preempt", "--page-size", "m0=2M")
+    )
+    assert_goes_on(qemu, saved)
+
+
+@pytest.mark.qemu_versions((0,), (7, 0))
+def test_two_connections_that_this_qemu_has_not(
+    lab: Lab, saved_vms: SavedVms, qemu_binary: str
+) -> None:
+    saved = saved_vms.get(qemu_binary)
+    qemu = destination(lab, qemu_binary, saved)
+    error = finished(postcopy("restore", saved.path, "--qmp", qemu.qmp_path, "--preempt"), code=1)
+    assert "has no capability postcopy-preempt" in error
+
+
 @pytest.mark.qemu_versions((9, 0), (999,))
 def test_mapped_ram(lab: Lab, saved_vms: SavedVms, qemu_binary: str) -> None:
     saved = saved_vms.get(qemu_binary, mapped_ram=True)
@@ -328,7 +383,7 @@ def test_the_destination_is_killed(
 @pytest.mark.parametrize(
     "arguments",
     [[], ["--to", "nowhere"], ["--to", "unix:x", "--drain-after", "1"], ["--to", "unix:x",
-     "--page-size", "nobody=2M"]],
+     "--page-size", "nobody=2M"], ["--to", "fd:3", "--preempt"]],
 )  # fmt: skip
 def test_usage(saved_vms: SavedVms, qemu_binary: str, arguments: list[str]) -> None:
     saved = saved_vms.get(qemu_binary)

@@ -18,7 +18,7 @@ from postcopy_proto.net.restore import Restore, RestoreError, RestoreOptions, re
 from postcopy_proto.net.source_loop import SourceStatistics
 from postcopy_proto.net.transport import Address, TransportError
 from postcopy_proto.savefile import SavedVm, open_saved_vm
-from postcopy_proto.wire import ForwardDecoder, encode, parse_package
+from postcopy_proto.wire import ForwardDecoder, PreemptDecoder, encode, parse_package
 from tests.savefile.streams import PAGE, SaveStreamBuilder
 
 PAGES = 600
@@ -62,7 +62,7 @@ class Destination:
             decoder.receive_data(data)
             while not isinstance(event := decoder.next_event(), m.NeedData):
                 if isinstance(event, m.Pages):
-                    self._place(event)
+                    self.place(event)
                     continue
                 self.events.append(event)
                 if isinstance(event, m.Packaged):
@@ -71,7 +71,7 @@ class Destination:
                     self._theirs.sendall(encode(m.Shut(0)))
                     self._theirs.shutdown(socket.SHUT_WR)
 
-    def _place(self, batch: m.Pages) -> None:
+    def place(self, batch: m.Pages) -> None:
         for index, offset in enumerate(batch.offsets.tolist()):
             page = batch.page(index)
             self.arrivals[offset // PAGE] += 1
@@ -110,6 +110,47 @@ def test_every_page_comes_once_and_right(vm: SavedVm, stream: SaveStreamBuilder)
     assert statistics.pages + statistics.zero_pages == PAGES
     [package] = [event for event in destination.events if isinstance(event, m.Packaged)]
     assert m.DeviceState(stream.device_state) in parse_package(package.payload)
+
+
+def test_pages_that_are_asked_for_take_the_second_connection(
+    vm: SavedVm, stream: SaveStreamBuilder
+) -> None:
+    asked = [m.ReqPagesId(400 * PAGE, PAGE, "pc.ram"), m.ReqPages(5 * PAGE, PAGE)]
+    asked += [m.ReqPages(7 * PAGE, 2 * PAGE)]
+    destination = Destination(says(m.Pong(2), *asked, m.Pong(3)))
+    urgent, theirs = socket.socketpair()
+    settings = RestoreOptions(silence=5.0, bandwidth=0, drain_after=0.3)
+    try:
+        restoring = Restore(vm, destination.ours, settings, connect_preempt=lambda: urgent)
+        statistics = restoring.run()
+        urgent.close()
+        decoder = PreemptDecoder()
+        while data := theirs.recv(1 << 16):
+            decoder.receive_data(data)
+        decoder.receive_data(b"")
+        batches = [event for event in decoder if isinstance(event, m.Pages)]
+    finally:
+        destination.close()
+        theirs.close()
+    assert statistics.requested_pages == 4
+    assert [int(o) // PAGE for batch in batches for o in batch.offsets] == [400, 5, 7, 8]
+    for batch in batches:
+        destination.place(batch)
+    assert (destination.arrivals == 1).all()
+    np.testing.assert_array_equal(destination.memory, stream.memory["pc.ram"])
+
+
+def test_a_second_connection_that_breaks(vm: SavedVm) -> None:
+    destination = Destination(says(m.ReqPagesId(0, PAGE, "pc.ram")))
+    urgent, theirs = socket.socketpair()
+    theirs.close()
+    settings = RestoreOptions(silence=5.0, bandwidth=0)
+    try:
+        with pytest.raises(RestoreError, match="went away: preempt channel"):
+            Restore(vm, destination.ours, settings, connect_preempt=lambda: urgent).run()
+    finally:
+        destination.close()
+        urgent.close()
 
 
 def test_only_requests_then_the_rest(vm: SavedVm) -> None:

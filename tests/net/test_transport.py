@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ from postcopy_proto.net.transport import (
     connect,
     limit_buffer,
     parse_address,
+    wait_until_accepted,
 )
 
 
@@ -117,3 +119,26 @@ def test_only_latency_mode_limits_the_kernel() -> None:
         # The kernel doubles what it is asked for, to have room for its own bookkeeping.
         doubled = 2 * TransferMode.LATENCY.value
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == doubled
+
+
+def test_a_second_connection_does_not_overtake_the_first(tmp_path: Path) -> None:
+    for address in (Address("tcp", host="127.0.0.1"), Address("unix", path=str(tmp_path / "s"))):
+        with Listener(address) as listener, connect(listener.address) as first:
+            first.sendall(b"first")
+            wait_until_accepted(first, 5)
+            with connect(listener.address) as second, listener.accept(5) as accepted:
+                assert accepted.recv(5) == b"first"
+                second.close()
+
+
+def test_a_peer_that_confirms_nothing() -> None:
+    """What it has no room for, a kernel does not confirm."""
+    with Listener(Address("tcp", host="127.0.0.1")) as listener:
+        limit_buffer(listener.socket, socket.SO_RCVBUF, TransferMode.LATENCY)
+        with connect(listener.address) as first:
+            first.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    first.send(bytes(1 << 20))
+            with pytest.raises(TransportError, match=r"nobody confirmed .* within 0\.2 s"):
+                wait_until_accepted(first, 0.2)
