@@ -30,6 +30,11 @@ _TAIL = re.compile(
 )
 """footer, EOF, the description's head and the brace that opens its text"""
 
+_TAIL_BROKEN_OFF = re.compile(
+    b"%c....%c%c.{0,4}\\Z" % (QemuVm.SECTION_FOOTER, QemuVm.EOF, QemuVm.VMDESCRIPTION), re.DOTALL
+)
+"""the same where a stream ended before the text"""
+
 
 class DeviceStateReader:
     """Collects bytes from the first SECTION_FULL on, and finds where they end.
@@ -79,8 +84,9 @@ class DeviceStateReader:
 
     @property
     def in_description(self) -> bool:
-        """Whether what was taken last looks like the text of a description."""
-        return self._checked > 0
+        """Whether what was taken last looks like the inside of a description."""
+        end = bytes(self._data[-_TAIL_HEAD:])
+        return self._checked > 0 or _TAIL_BROKEN_OFF.search(end) is not None
 
     def messages(self) -> list[tuple[int, Message]]:
         """The parts of a complete stream, each with its offset from the first byte taken."""

@@ -146,6 +146,15 @@ def test_cut_save_file(lacking, ended, tmp_path, capsys):
     assert document["blocks"] == EXPECTED["7.2-precopy-only-forward"]["blocks"]
 
 
+@pytest.mark.parametrize("behind_eof", range(-2, 8))
+def test_save_file_cut_about_its_eof(behind_eof, tmp_path, capsys):
+    """The bytes from EOF to the description's first one say that this was EOF."""
+    whole = load("7.2-precopy-only-forward")
+    eof_at = whole.rindex(b"\0\6\0\1")
+    code, document, _ = summary_of(whole[: eof_at + 1 + behind_eof], tmp_path, capsys)
+    assert (code, document["ended"]) == (0, "eof" if behind_eof >= 0 else "cut")
+
+
 def test_cut_preempt_capture(tmp_path, capsys):
     code, document, _ = summary_of(load("7.2-preempt-conn1-forward")[:-9], tmp_path, capsys)
     assert code == 0

@@ -80,8 +80,12 @@ CUTS = [
     (section(b"")[:11], "inside the stream before its EOF: at least 8 bytes more of a record"),
     (DEVICES + tail()[:7], "inside VMDESCRIPTION: more expected"),
     (DEVICES + tail()[:-1], "inside VMDESCRIPTION: more expected"),
-    (DEVICES + tail()[:6], "inside device sections: more expected"),
-    (DEVICES + tail()[:5], "inside device sections: more expected"),
+    *((DEVICES + tail()[:size], "inside VMDESCRIPTION: more expected") for size in range(2, 7)),
+    (DEVICES + tail()[1:6], "inside device sections: more expected"),
+    (DEVICES + b"\0" + tail()[1:3] + bytes(5), "inside device sections: more expected"),
+    (DEVICES + b"\1" + tail()[1:6], "inside device sections: more expected"),
+    (DEVICES + b"\0\7" + tail()[2:6], "inside device sections: more expected"),
+    (DEVICES[:-5] + b"\x7f" + DEVICES[-4:] + tail()[:6], "inside device sections: more expected"),
 ]
 
 
