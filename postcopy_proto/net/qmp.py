@@ -15,6 +15,9 @@ T = TypeVar("T")
 TIMEOUT = 30.0
 """Seconds that QEMU may take to answer one command."""
 
+START_SECONDS = 2.0
+"""Seconds to wait for the socket of a QEMU that has just been started; it makes it in a moment."""
+
 POLL_SECONDS = 0.02
 """How often a migration's state is asked for while we wait for its end."""
 
@@ -41,7 +44,7 @@ class Monitor:
         self._loop = asyncio.new_event_loop()
         self._client = QMPClient("postcopy")
         try:
-            self._run(self._connect(path))
+            self._run(self._connect(path), f"; is another client connected to {path}?")
         except BaseException:
             self._loop.close()
             raise
@@ -49,18 +52,21 @@ class Monitor:
     async def _connect(self, path: str) -> None:
         from qemu.qmp import ConnectError
 
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + min(START_SECONDS, self._timeout)
         while True:
             try:
                 await self._client.connect(path)
                 return
             except ConnectError as error:
                 cause = error.exc
-                # A QEMU that has just been started makes its socket in a moment.
                 young = isinstance(cause, (FileNotFoundError, ConnectionRefusedError))
                 if not young or time.monotonic() > deadline:
-                    reason = getattr(cause, "strerror", None) or cause
-                    raise QmpError(f"no QMP at {path}: {reason}") from error
+                    reason = getattr(cause, "strerror", None) or str(cause).partition("\n")[0]
+                    reason = reason or "it closed the connection"
+                    raise QmpError(
+                        f"no QMP at {path}: {reason}; a QEMU that runs with "
+                        f"-qmp unix:{path},server=on,wait=off is needed"
+                    ) from error
             await asyncio.sleep(0.005)
 
     def execute(self, command: str, **arguments: object) -> Any:
@@ -87,8 +93,8 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+    def _run(self, coroutine: Coroutine[Any, Any, T], advice: str = "") -> T:
         try:
             return self._loop.run_until_complete(asyncio.wait_for(coroutine, self._timeout))
         except TimeoutError:
-            raise QmpError(f"QEMU did not answer within {self._timeout:g} s") from None
+            raise QmpError(f"QEMU did not answer within {self._timeout:g} s{advice}") from None
