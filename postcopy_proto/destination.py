@@ -34,7 +34,8 @@ from postcopy_proto.states import (
     next_forward_state,
     next_return_path_state,
 )
-from postcopy_proto.wire import ForwardDecoder, Limits, PreemptDecoder, encode, parse_package
+from postcopy_proto.wire import Limits, PreemptDecoder, encode, parse_package
+from postcopy_proto.wire.scatter import ScatterDecoder
 
 
 class DestinationConnection:
@@ -60,7 +61,7 @@ class DestinationConnection:
         self._limits = limits or Limits()
         self._strict = strict
         self._target_page_size = target_page_size
-        self._decoder = ForwardDecoder(
+        self._decoder = ScatterDecoder(
             header=True,
             page_sizes=page_sizes,
             target_page_size=target_page_size,
@@ -117,6 +118,19 @@ class DestinationConnection:
         """Take bytes of the forward channel; b"" is its end."""
         self._decoder.receive_data(data)
 
+    def expected_buffers(self, size: int) -> list[memoryview]:
+        """Buffers for about the next `size` bytes of the forward channel, in this order.
+
+        For recvmsg(2): the pages of a run that is foretold come to lie side by side. Empty when
+        nothing is foretold, then there is `receive_data`. What was written to them is announced
+        by `receive_expected`; see `wire.scatter`.
+        """
+        return self._decoder.expected_buffers(size)
+
+    def receive_expected(self, count: int) -> None:
+        """`count` bytes of the forward channel are in the `expected_buffers`."""
+        self._decoder.receive_expected(count)
+
     def next_event(self) -> m.Message | m.NeedData:
         """The next message of the forward channel, or NEED_DATA.
 
@@ -142,7 +156,7 @@ class DestinationConnection:
         return self._next(self._preempt, Channel.PREEMPT)
 
     def _next(
-        self, decoder: ForwardDecoder | PreemptDecoder, channel: Channel
+        self, decoder: ScatterDecoder | PreemptDecoder, channel: Channel
     ) -> m.Message | m.NeedData:
         if self._error is not None:
             raise self._error
@@ -160,7 +174,7 @@ class DestinationConnection:
             self._error = _located(error, channel, decoder.event_offset, before)
             raise self._error from error.__cause__
 
-    def _pull(self, decoder: ForwardDecoder | PreemptDecoder) -> m.Message | m.NeedData:
+    def _pull(self, decoder: ScatterDecoder | PreemptDecoder) -> m.Message | m.NeedData:
         if self._package and decoder is self._decoder:
             return self._package.pop(0)
         return decoder.next_event()

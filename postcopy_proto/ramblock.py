@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 TARGET_PAGE_SIZE = 4096
 """Bytes of the guest's page on x86, and QEMU's base page unless said otherwise."""
 
+_ARANGE_END = 1 << 62
+"""well before the integers that `numpy.arange` counts with come to their end"""
+
 IDSTR_MAX = 255
 """Longest RAMBlock name in bytes: the wire counts it in one byte."""
 
@@ -74,9 +77,14 @@ def test_bits(bits: bitarray, numbers: NDArray[np.integer[Any]]) -> NDArray[np.b
 
 def ascends(values: NDArray[np.integer[Any]], step: int) -> bool:
     """Whether each value is the one before it and `step` more; there is at least one."""
-    if int(values[-1]) - int(values[0]) != (len(values) - 1) * step:
+    first, last, count = int(values[0]), int(values[-1]), len(values)
+    if last - first != (count - 1) * step:
         return False
-    return len(values) == 1 or bool((values[1:] - values[:-1] == step).all())
+    if step <= 0 or last >= _ARANGE_END:
+        return count == 1 or bool((values[1:] - values[:-1] == step).all())
+    # Bytes are compared several times as fast as two arrays of some hundred numbers.
+    counted = np.arange(first, last + 1, step, dtype=values.dtype)
+    return counted.tobytes() == values.tobytes()
 
 
 def set_bits(bits: bitarray, numbers: NDArray[np.integer[Any]]) -> None:

@@ -43,6 +43,10 @@ PATIENCE_MILLISECONDS = 1
 class Target(Protocol):
     """What a destination's memory does at each step of a migration; see `net.target`."""
 
+    @property
+    def wants_runs(self) -> bool:
+        """Whether pages had better lie side by side than as the records that they came in."""
+
     def open(self, connection: DestinationConnection) -> None:
         """RAM's block list has arrived: `connection.blocks`. No page has."""
 
@@ -149,6 +153,7 @@ class DestinationLoop:
             Channel.PREEMPT: memoryview(bytearray(TransferMode.LATENCY.value)),
         }
         self._out = bytearray()
+        self._flushing = False
         self._discarding = False
         self._poll = select.poll()
         self._urgent_poll = select.poll()
@@ -253,50 +258,88 @@ class DestinationLoop:
 
         A buffer is used again and again: the decoders keep nothing of it once they need more.
         """
-        buffer = self._buffers[channel]
         patient = channel is Channel.FORWARD and not self._awaited()
-        if not patient:
-            buffer = buffer[: self._mode.value]
-        filled, ended = self._fill(buffer, sock, channel, patient=patient)
+        size = len(self._buffers[channel]) if patient else self._mode.value
+        filled, ended = 0, False
+        if channel is Channel.FORWARD and self._listening and self._target.wants_runs:
+            filled, ended = self._read_expected(sock, size, patient=patient)
+        if not filled and not ended:
+            filled, ended = self._read_plain(sock, channel, size, patient=patient)
         self._last_heard = time.monotonic()
         self.statistics.bytes += filled
-        receive = (
-            self._connection.receive_preempt_data
-            if channel is Channel.PREEMPT
-            else self._connection.receive_data
-        )
         if filled:
-            receive(buffer[:filled])
             self._handle_events(channel)
         if ended:
             if channel is Channel.PREEMPT:
                 self._poll.unregister(sock)
                 self._urgent_poll.unregister(sock)
-            receive(b"")
+                self._connection.receive_preempt_data(b"")
+            else:
+                self._connection.receive_data(b"")
             self._handle_events(channel)
 
     def _awaited(self) -> bool:
         """Whether somebody waits for a page."""
         return self._listening and self._connection.outstanding > 0
 
+    def _read_plain(
+        self, sock: socket.socket, channel: Channel, size: int, *, patient: bool
+    ) -> tuple[int, bool]:
+        """Up to `size` bytes into our buffer: how many, and whether the channel ended there."""
+        buffer = self._buffers[channel][:size]
+        filled, ended = self._fill(
+            lambda done: sock.recv_into(buffer[done:]), size, sock, channel, patient=patient
+        )
+        if filled and channel is Channel.PREEMPT:
+            self._connection.receive_preempt_data(buffer[:filled])
+        elif filled:
+            self._connection.receive_data(buffer[:filled])
+        return filled, ended
+
+    def _read_expected(self, sock: socket.socket, size: int, *, patient: bool) -> tuple[int, bool]:
+        """The same for pages that are foretold, straight to where they are placed from.
+
+        Nothing is read when nothing is foretold.
+        """
+        connection = self._connection
+
+        def take(done: int) -> int | None:
+            buffers = connection.expected_buffers(size - done)
+            if not buffers:
+                return None
+            count = sock.recvmsg_into(buffers)[0]
+            connection.receive_expected(count)
+            return count
+
+        return self._fill(take, size, sock, Channel.FORWARD, patient=patient)
+
     def _fill(
-        self, buffer: memoryview, sock: socket.socket, channel: Channel, *, patient: bool
+        self,
+        take: Callable[[int], int | None],
+        size: int,
+        sock: socket.socket,
+        channel: Channel,
+        *,
+        patient: bool,
     ) -> tuple[int, bool]:
         """Bytes read, and whether the channel has ended behind them.
 
-        With patience a part of a bufferful waits a moment for the rest: a Unix socket hands over
-        some 200 KiB at a time, and much of a batch's cost does not depend on its size.
+        `take` reads behind what has been read, and returns None when there is no room. With
+        patience a part of `size` waits a moment for the rest: a Unix socket hands over some
+        200 KiB at a time, and much of a batch's cost does not depend on its size.
         """
         filled = 0
-        while filled < len(buffer):
+        while filled < size:
             try:
-                count = sock.recv_into(buffer[filled:])
+                count = take(filled)
             except (BlockingIOError, InterruptedError):
                 if patient and self._more_soon(sock):
                     continue
                 return filled, False
             except OSError as error:
                 raise TransportError(f"{channel} channel: {error.strerror or error}") from error
+            if count is None:
+                return filled, False
             if count == 0:
                 return filled, True
             filled += count
@@ -390,8 +433,10 @@ class DestinationLoop:
                 pass
             except OSError as error:
                 raise TransportError(f"return path: {error.strerror or error}") from error
-        wanted = select.POLLIN | (select.POLLOUT if self._out else 0)
-        self._poll.modify(self._forward, wanted)
+        if bool(self._out) != self._flushing:
+            self._flushing = bool(self._out)
+            wanted = select.POLLIN | (select.POLLOUT if self._flushing else 0)
+            self._poll.modify(self._forward, wanted)
 
     def _say_goodbye(self) -> None:
         """SHUT 0, then let the source close first."""

@@ -51,6 +51,9 @@ class GuestTarget:
         self.touch: Touch | None = None
         """what the guest was told to touch, once it runs"""
 
+    wants_runs = True
+    """one COPY places all of them"""
+
     @property
     def guest(self) -> GuestProcess:
         """The process; only after `open`."""
@@ -136,6 +139,11 @@ class FileTarget:
         self._sink: SaveFileSink | None = None
         self._blocks: list[RAMBlock] = []
         self._device_state = b""
+
+    @property
+    def wants_runs(self) -> bool:
+        """Records go into the file as they are; a guest's memory has them side by side."""
+        return self._guest is not None
 
     @property
     def sink(self) -> SaveFileSink:

@@ -29,9 +29,7 @@ def split_runs(pages: Pages) -> list[Run]:
     count = len(pages.offsets)
     if count == 1:
         return [Run(int(pages.offsets[0]), 1, int(pages.positions[0]), pages.page_size)]
-    if count <= _FEW:
-        return _split_few(pages)
-    return _whole(pages) or _split_many(pages)
+    return _whole(pages) or (_split_few(pages) if count <= _FEW else _split_many(pages))
 
 
 def _split_few(pages: Pages) -> list[Run]:

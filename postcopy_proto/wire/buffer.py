@@ -93,6 +93,21 @@ class ReceiveBuffer:
         """Count `count` bytes, which were peeked at, as read."""
         self.pos += count
 
+    def take_back(self) -> bytes:
+        """Everything unread, which then counts as never fed."""
+        rest = b"".join((self.view[self.pos : self.end], self._torn, *self._chunks))
+        self._total -= len(rest)
+        self._base += self.pos
+        self.view, self.pos, self.end = _NOTHING, 0, 0
+        self._torn, self._missing = bytearray(), 0
+        self._chunks.clear()
+        return rest
+
+    def pass_over(self, count: int) -> None:
+        """Count bytes as fed and read that were read elsewhere; nothing may be unread."""
+        self._total += count
+        self._base += count
+
     def ends_after(self, count: int) -> bool:
         """Whether the stream is known to end with the next `count` bytes.
 

@@ -47,6 +47,8 @@ C_SOURCE = Path(__file__).with_name("postcopy_pair.c")
 class RegionTarget:
     """Memory of this process, filled through the backend; nobody faults on it."""
 
+    wants_runs = True
+
     def __init__(self) -> None:
         self.backend: Backend | None = None
         self.region: Region | None = None
