@@ -10,6 +10,7 @@ grow fourfold as long as all of them belong to the run.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -56,6 +57,12 @@ RUN = 16
 """Records of one kind in a row after which the next ones are looked at by numpy."""
 
 _WORD = struct.Struct(">Q")
+
+
+@functools.cache
+def _records_of(count: int, page_size: int) -> struct.Struct:
+    """The words of so many PAGE records with CONTINUE, one behind the other."""
+    return struct.Struct(">" + f"Q{page_size}x" * count)
 
 
 class RamReader:
@@ -209,19 +216,18 @@ class RamReader:
         record = buffer.peek(head + (1 if is_zero else self._page_size))
         if is_zero and record[head]:
             raise malformed(f"a zero page with fill byte {record[head]:#04x}; it must be 0", "ZERO")
-        start = buffer.pos
-        batch = _Batch(buffer.view[start : buffer.end], self._page_size, self._end)
-        batch.add(offset, -1 if is_zero else head, len(record))
-        batch.extend()
-        buffer.skip(batch.size)
-        return Pages(
-            block=self._block,
-            offsets=batch.offsets(),
-            positions=batch.positions(),
-            data=buffer.view[start : buffer.pos],
-            page_size=self._page_size,
-            named=not flags & CONTINUE,
-        )
+        start, size, body = buffer.pos, len(record), -1 if is_zero else head
+        if start + size == buffer.end:
+            # Alone, as pages on the preempt channel are, and records torn by the end of a chunk.
+            offsets, positions = np.array((offset,), np.uint64), np.array((body,), np.int64)
+        else:
+            batch = _Batch(buffer.view[start : buffer.end], self._page_size, self._end)
+            batch.add(offset, body, size)
+            batch.extend()
+            offsets, positions, size = batch.offsets(), batch.positions(), batch.size
+        buffer.skip(size)
+        data = buffer.view[start : start + size]
+        return Pages(self._block, offsets, positions, data, self._page_size, not flags & CONTINUE)
 
 
 class _Batch:
@@ -253,8 +259,9 @@ class _Batch:
         """Take the records behind that have CONTINUE."""
         view, end, unpack = self._view, len(self._view), _WORD.unpack_from
         low, page_record, block_end = self._low, self._page_record, self._block_end
-        words, positions, pos = self._words, self._positions, self.size
-        run = run_flags = 0
+        words, positions = self._words, self._positions
+        run, run_flags = self._extend_foretold(), PAGE | CONTINUE
+        pos = self.size
         while len(words) < self._room and pos + WORD_SIZE <= end:
             (word,) = unpack(view, pos)
             flags = word & low
@@ -278,6 +285,24 @@ class _Batch:
                 pos = self._extend_run(pos, flags)
                 words, positions, run = self._words, self._positions, 0
         self.size = pos
+
+    def _extend_foretold(self) -> int:
+        """Take pages that go on where the first one ends, as most do; returns how many.
+
+        Their words are known beforehand and compared all at once. From RUN on that is no gain.
+        """
+        page_size, size = self._low + 1, self._page_record
+        count = min(RUN - 1, (len(self._view) - self.size) // size)
+        word = (self._words[0] | PAGE | CONTINUE) + page_size
+        words = tuple(range(word, word + count * page_size, page_size))
+        if not words or words[-1] >= self._block_end:
+            return 0
+        if _records_of(count, page_size).unpack_from(self._view, self.size) != words:
+            return 0
+        self._words += words
+        self._positions += range(self.size + WORD_SIZE, self.size + count * size, size)
+        self.size += count * size
+        return count
 
     def _extend_run(self, pos: int, flags: int) -> int:
         """Take records of one kind from `pos` on, many at a time; returns where they end."""

@@ -27,7 +27,7 @@ import struct
 from collections import deque
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
-from itertools import repeat
+from itertools import repeat, starmap
 from typing import Any
 
 import numpy as np
@@ -202,7 +202,8 @@ _set_length = ReqPages.__dict__["length"].__set__
 def decode_requests(view: memoryview, offset: int, count: int) -> list[ReqPages]:
     """As many of the `count` messages at `view[offset:]` as are REQ_PAGES, in order.
 
-    The messages are built field by field, without a call of Python code for each.
+    The messages are built field by field, without a call of Python code for each; `starmap` hands
+    its tuples on as they are, where `map` would make one for each call.
     """
     records = np.frombuffer(view, _REQUEST_DTYPE, count, offset)
     heads = np.ndarray(count, ">u4", view, offset, (REQUEST.size,))
@@ -210,9 +211,9 @@ def decode_requests(view: memoryview, offset: int, count: int) -> list[ReqPages]
     if len(others):
         count = int(others[0])
         records = records[:count]
-    requests = list(map(object.__new__, repeat(ReqPages, count)))
-    deque(map(_set_start, requests, records["start"].tolist()), maxlen=0)
-    deque(map(_set_length, requests, records["length"].tolist()), maxlen=0)
+    requests: list[ReqPages] = list(starmap(object.__new__, repeat((ReqPages,), count)))
+    deque(starmap(_set_start, zip(requests, records["start"].tolist(), strict=True)), maxlen=0)
+    deque(starmap(_set_length, zip(requests, records["length"].tolist(), strict=True)), maxlen=0)
     return requests
 
 
