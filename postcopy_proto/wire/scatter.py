@@ -77,15 +77,16 @@ class ScatterDecoder(ForwardDecoder):
         super().receive_data(data)
 
     def expected_buffers(self, size: int) -> list[memoryview]:
-        """Where to put about the next `size` bytes, in this order.
+        """Where to put the next bytes, in this order: about `size` of them are laid out.
 
         Empty when nothing is foretold: then they go to `receive_data`. After `receive_expected`
-        and before `next_event` they are those behind what has come, until no more are laid out.
+        and before `next_event` there are those behind what has come, until nothing is left of
+        what was laid out; `size` does not matter then.
         """
-        if not self._filled and not self._foretell():
+        if not self._filled and not self._foretell(size):
             return []
         assert self._run is not None
-        return self._run.vectors(self._filled, size)
+        return self._run.vectors(self._filled)
 
     def receive_expected(self, count: int) -> None:
         """The first `count` bytes of the `expected_buffers` have been written."""
@@ -125,21 +126,22 @@ class ScatterDecoder(ForwardDecoder):
         self._block, self._following = pages.block, last + size
         self._records += count
 
-    def _foretell(self) -> bool:
+    def _foretell(self, size: int) -> bool:
         """Lay out what comes next; False when there is no telling."""
         if self._streak < STREAK or self._next != self._read_ram:
             return False
-        block, size = self._blocks.get(self._block), self._target_page_size
+        block, page_size = self._blocks.get(self._block), self._target_page_size
         if block is None or self._ready or self._error is not None or self._buffer.eof:
             return False
-        left = -(-block.used_length // size) - self._following // size
+        left = block.page_count(page_size) - self._following // page_size
         if left < SHORTEST:
             return False
         if self._run is None:
-            self._run = _Run(size)
+            self._run = _Run(page_size)
+        count = min(left, -(-size // (WORD_SIZE + page_size)))
         assert self._ram_id is not None
         period = self._period if self._period >= self._records else 0
-        self._run.lay_out(self._following, left, self._ram_id, period - self._records, period)
+        self._run.lay_out(self._following, count, self._ram_id, period - self._records, period)
         torn = self._buffer.take_back()
         self._filled = self._run.take(torn)
         if self._filled < len(torn):
@@ -209,12 +211,19 @@ class _Run:
     def lay_out(
         self, offset: int, count: int, section_id: int, first_break: int, period: int
     ) -> None:
-        """`count` pages from byte `offset` of their block on; `period` 0 for no break."""
-        self._offset, self._count = offset, min(count, self._slots)
+        """About `count` pages from byte `offset` of their block on; `period` 0 for no break.
+
+        The last section is not begun where that leaves more than half: batches are then whole
+        sections, and fewer.
+        """
         if section_id != self._section_id:
             self._section_id, self._break = section_id, self._break_of(section_id)
         self._period = period or self._slots
         self._first_break = first_break if period else self._slots
+        self._offset, self._count = offset, min(count, self._slots)
+        breaks = self._breaks(self._count // 2 + 1, self._count)
+        if breaks:
+            self._count = breaks[-1]
 
     def _breaks_before(self, slot: int) -> int:
         """How many of the slots [0, slot) have a break before them."""
@@ -237,10 +246,10 @@ class _Run:
             slot -= 1
         return slot
 
-    def vectors(self, filled: int, size: int) -> list[memoryview]:
-        """About `size` bytes behind the first `filled` ones."""
+    def vectors(self, filled: int, most: int = VECTORS) -> list[memoryview]:
+        """Up to `most` vectors of what is laid out behind the first `filled` bytes."""
         first = self.whole(filled)
-        end = min(self._count, first + VECTORS // 2, first + -(-size // self._record))
+        end = min(self._count, first + most // 2)
         if first >= end:
             return []
         vectors = self._vectors[2 * first : 2 * end]
@@ -263,7 +272,7 @@ class _Run:
         head = min(len(data), len(framing))
         if len(data) >= len(framing) + self._page_size or data[:head] != framing[:head]:
             return 0
-        vectors = self.vectors(0, len(data))
+        vectors = self.vectors(0, 2)
         vectors[0][:head] = data[:head]
         vectors[1][: len(data) - head] = data[head:]
         return len(data)
@@ -317,7 +326,7 @@ class _Run:
         length = filled - self.start_of(first)
         pieces = []
         while length > 0:
-            for piece in self.vectors(self.start_of(first), self._record):
+            for piece in self.vectors(self.start_of(first), 2):
                 pieces.append(piece[:length])
                 length -= len(pieces[-1])
             first += 1

@@ -119,7 +119,6 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Foretell after few pages, in little memory, so that all of it happens often."""
     monkeypatch.setattr(scatter, "STREAK", 4)
     monkeypatch.setattr(scatter, "STAGING", 16 * P)
-    monkeypatch.setattr(scatter, "VECTORS", 20)
 
 
 @pytest.mark.parametrize("sections", [[500], [64] * 8, [16] * 30, [33] * 15, [200, 16, 16, 200]])
@@ -166,6 +165,7 @@ def test_nothing_is_foretold_where_nothing_is_known() -> None:
     list(decoder)
     assert len(decoder.expected_buffers(1 << 20)) == scatter.VECTORS
     assert sum(map(len, decoder.expected_buffers(8 * (P + 8)))) == 8 * (P + 8)
+    assert sum(map(len, decoder.expected_buffers(8 * (P + 8) + 1))) == 9 * (P + 8)
     decoder.receive_data(records("b", list(range(40)), True))
     list(decoder)
     assert decoder.expected_buffers(P)
