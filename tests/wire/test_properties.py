@@ -23,7 +23,14 @@ from postcopy_proto.wire import (
 )
 from postcopy_proto.wire.decoder import Decoder
 from postcopy_proto.wire.fields import Codec
-from postcopy_proto.wire.pages import join_pages
+from postcopy_proto.wire.pages import (
+    CONTINUE,
+    PAGE,
+    ZERO,
+    encode_page,
+    join_pages,
+    ram_record,
+)
 from postcopy_proto.wire.return_path import (
     MESSAGE,
     REQ_PAGES,
@@ -121,6 +128,34 @@ def test_named_requests_against_their_schema(start: int, length: int, block: str
     decoder = ReturnPathDecoder()
     decoder.receive_data(data)
     assert list(decoder) == [message]
+
+
+@pytest.mark.parametrize("page_size", [1024, 4096, 65536])
+@given(
+    number=st.integers(0, (1 << 48) - 1),
+    block=s.names,
+    named=st.booleans(),
+    seed=st.none() | st.binary(min_size=1, max_size=9),
+)
+@few
+def test_one_page_against_its_schema(
+    page_size: int, number: int, block: str, named: bool, seed: bytes | None
+) -> None:
+    """`encode_page`, the way from a request to its page, writes what the schema builds."""
+    offset = number * page_size
+    content = None if seed is None else (seed * page_size)[:page_size]
+    flags = (ZERO if content is None else PAGE) | (0 if named else CONTINUE)
+    fields = {
+        "word": offset | flags,
+        "idstr": block if named else None,
+        "body": {"fill": 0} if content is None else {"page": content},
+    }
+    schema = ram_record(page_size)
+    record = encode_page(block, offset, content, named)
+    assert record == schema.build(fields)
+    parsed = schema.parse(record)
+    assert (parsed.word, parsed.idstr) == (fields["word"], fields["idstr"])
+    assert {key: parsed.body[key] for key in fields["body"]} == fields["body"]
 
 
 FIXED = [stream.SECTION_PART, stream.SECTION_END, stream.FOOTER, stream.EOF, stream._HEADER]
