@@ -175,6 +175,8 @@ class SourceLoop:
         while self._connection.owed and not self._is_stalled() and self._is_asked(deadline):
             self._receive()
             self._answer()
+            if time.monotonic_ns() > deadline:
+                return  # however much more is asked for
 
     def _is_asked(self, deadline: int) -> bool:
         """Whether anything comes on the return path until then, in monotonic nanoseconds."""

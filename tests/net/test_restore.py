@@ -163,6 +163,32 @@ def test_only_requests_then_the_rest(vm: SavedVm) -> None:
     assert len(statistics.request_latency_ns) == 1
 
 
+def test_requests_without_end_do_not_hold_up_all_else(vm: SavedVm) -> None:
+    flood = encode(m.ReqPages(0, PAGE)) * 500
+
+    def then(sock: socket.socket) -> None:
+        sock.sendall(encode(m.ReqPagesId(0, PAGE, "pc.ram")))
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            sock.sendall(flood)
+        sock.sendall(encode(m.Pong(3)))
+
+    asked: list[float] = []
+
+    def may_drain() -> bool:
+        asked.append(time.monotonic())
+        return False
+
+    destination = Destination(then)
+    try:
+        settings = RestoreOptions(silence=5.0, bandwidth=0, drain_after=2)
+        Restore(vm, destination.ours, settings, may_drain=may_drain).run()
+    finally:
+        destination.close()
+    assert len(asked) > 3
+    assert max(np.diff(asked)) < 1
+
+
 def test_bandwidth_holds_the_background_back(vm: SavedVm) -> None:
     _, statistics = run(vm, says(m.Pong(3)), bandwidth=8e6)
     assert 0.15 < statistics.seconds < 2  # 2 MB, of which a tenth of a second's worth is free
