@@ -185,9 +185,17 @@ def demand(
     qemu.wait_migration("completed")
     ours, our_faults = latency(qemu.migration)
     qemu.kill()
-    _, _, account = stock_postcopy(
-        lab, binary, guest, memory_mib, path, demand=True, preempt=preempt
-    )
+    for attempts_left in (2, 1, 0):
+        try:
+            _, _, account = stock_postcopy(
+                lab, binary, guest, memory_mib, path, demand=True, preempt=preempt
+            )
+            break
+        except AssertionError as error:
+            # 11.1 with preempt and a machine type of up to 7.2 loses some: "Channel error".
+            if not attempts_left:
+                raise
+            print(f"stock to stock failed, once more: {error}", file=sys.stderr)
     stock, stock_faults = latency(account)
     return {
         "ours_us": ours,
