@@ -173,3 +173,4 @@ def test_pages_are_placed_once_from_listen_on() -> None:
 
 def test_expectations_are_in_qemus_names() -> None:
     assert expected(FORWARD[F.PACKAGE]) == "POSTCOPY_LISTEN"
+    assert expected(FORWARD[F.LISTENING]) == "DEVICE_STATE, PING, POSTCOPY_RUN"
