@@ -287,9 +287,12 @@ class DestinationLoop:
     ) -> tuple[int, bool]:
         """Up to `size` bytes into our buffer: how many, and whether the channel ended there."""
         buffer = self._buffers[channel][:size]
-        filled, ended = self._fill(
-            lambda done: sock.recv_into(buffer[done:]), size, sock, channel, patient=patient
-        )
+
+        def take(done: int) -> tuple[int, bool]:
+            count = sock.recv_into(buffer[done:])
+            return count, done + count == size
+
+        filled, ended = self._fill(take, size, sock, channel, patient=patient)
         if filled and channel is Channel.PREEMPT:
             self._connection.receive_preempt_data(buffer[:filled])
         elif filled:
@@ -303,19 +306,19 @@ class DestinationLoop:
         """
         connection = self._connection
 
-        def take(done: int) -> int | None:
+        def take(done: int) -> tuple[int, bool] | None:
             buffers = connection.expected_buffers(size - done)
             if not buffers:
                 return None
             count = sock.recvmsg_into(buffers)[0]
             connection.receive_expected(count)
-            return count
+            return count, not patient and count == sum(map(len, buffers))
 
         return self._fill(take, size, sock, Channel.FORWARD, patient=patient)
 
     def _fill(
         self,
-        take: Callable[[int], int | None],
+        take: Callable[[int], tuple[int, bool] | None],
         size: int,
         sock: socket.socket,
         channel: Channel,
@@ -324,25 +327,27 @@ class DestinationLoop:
     ) -> tuple[int, bool]:
         """Bytes read, and whether the channel has ended behind them.
 
-        `take` reads behind what has been read, and returns None when there is no room. With
-        patience a part of `size` waits a moment for the rest: a Unix socket hands over some
-        200 KiB at a time, and much of a batch's cost does not depend on its size.
+        `take` reads behind what has been read: how many bytes, and whether these were all there
+        was room for; None when there is no room. With patience a part of `size` waits a moment
+        for the rest: a Unix socket hands over some 200 KiB at a time, and much of a batch's cost
+        does not depend on its size.
         """
         filled = 0
         while filled < size:
             try:
-                count = take(filled)
+                taken = take(filled)
             except (BlockingIOError, InterruptedError):
-                if patient and self._more_soon(sock):
-                    continue
                 return filled, False
             except OSError as error:
                 raise TransportError(f"{channel} channel: {error.strerror or error}") from error
-            if count is None:
+            if taken is None:
                 return filled, False
+            count, all_room = taken
             if count == 0:
                 return filled, True
             filled += count
+            if not (self._more_soon(sock) if patient else all_room):
+                return filled, False
         return filled, False
 
     def _more_soon(self, sock: socket.socket) -> bool:
@@ -357,9 +362,10 @@ class DestinationLoop:
             event = next_event()
             if isinstance(event, m.NeedData | m.EndOfStream):
                 break
-            self._handle(event, channel)
+            # Reading a bufferful takes about as long as placing it: a look between the two.
             if self._listening and not preempt and isinstance(event, m.Pages):
                 self._attend(dict(self._urgent_poll.poll(0)))
+            self._handle(event, channel)
         self._flush()
 
     def _handle(self, event: m.Message, channel: Channel) -> None:

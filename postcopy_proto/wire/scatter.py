@@ -213,15 +213,15 @@ class _Run:
     ) -> None:
         """About `count` pages from byte `offset` of their block on; `period` 0 for no break.
 
-        The last section is not begun where that leaves more than half: batches are then whole
-        sections, and fewer.
+        They end with a section where one ends among them: later ones are then whole sections,
+        and batches are fewer.
         """
         if section_id != self._section_id:
             self._section_id, self._break = section_id, self._break_of(section_id)
         self._period = period or self._slots
         self._first_break = first_break if period else self._slots
         self._offset, self._count = offset, min(count, self._slots)
-        breaks = self._breaks(self._count // 2 + 1, self._count)
+        breaks = self._breaks(1, self._count)
         if breaks:
             self._count = breaks[-1]
 
