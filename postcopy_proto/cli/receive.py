@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from postcopy_proto.net.destination_loop import DestinationLoop
     from postcopy_proto.net.target import FileTarget, GuestTarget, random_missing_pages
     from postcopy_proto.net.transport import Listener, TransferMode, parse_address
+    from postcopy_proto.userfault.descriptor import Userfaultfd
 
     try:
         address = parse_address(args.listen)
@@ -88,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
     guest = GuestTarget(random_missing_pages(args.touch, args.seed)) if args.touch else None
     target = FileTarget(args.output, guest)
     connection = DestinationConnection(page_sizes=dict(args.page_size))
+    if guest is not None:
+        # Before any source comes: one that has switched over can't take its VM back.
+        Userfaultfd.open(user_mode_only=None).close()
     mode = TransferMode[(args.mode or ("latency" if args.touch else "throughput")).upper()]
     try:
         with Listener(address) as listener, _bar(connection) as show:

@@ -126,7 +126,7 @@ def run_demo(
     """Migrate, compare, and tell. HostUnsupportedError when this host has no userfaultfd."""
     host = probe()
     if not host.supported:
-        raise HostUnsupportedError([check.detail for check in host.checks if not check.ok])
+        raise HostUnsupportedError(host.reasons)
     blocks = layout(options.size)
     progress = DemoProgress(ram_pages=sum(block.page_count() for block in blocks))
 

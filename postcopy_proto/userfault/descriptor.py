@@ -488,18 +488,24 @@ def _new_descriptor(flags: int) -> tuple[int, str]:
     # The system call has the last word: where the kernel lacks userfaultfd both say so.
     last = failures[-1][1]
     detail = ", ".join(f"{origin}: {error.strerror}" for origin, error in failures)
-    raise _open_error(last.errno or 0, detail)
+    raise _open_error(last.errno or 0, detail, bool(flags & abi.USER_MODE_ONLY))
 
 
-def _open_error(number: int, detail: str) -> UserfaultError:
+def _open_error(number: int, detail: str, user_mode_only: bool) -> UserfaultError:
     advice = ""
     kind: type[Any] = UserfaultError
     if number in (errno.EPERM, errno.EACCES):
         kind = UserfaultPermissionError
+        # Any user may have one of these, so something stands before the kernel.
         advice = (
-            f"give access to {DEVICE}, or CAP_SYS_PTRACE, or set vm.unprivileged_userfaultfd=1, "
-            "or ask for user-mode-only"
+            f"allow userfaultfd(2) in the seccomp profile of this container or service, or give "
+            f"access to {DEVICE}"
         )
+        if not user_mode_only:
+            advice = (
+                f"give access to {DEVICE}, or CAP_SYS_PTRACE, or set "
+                "vm.unprivileged_userfaultfd=1, or ask for user-mode-only"
+            )
     elif number == errno.ENOSYS:
         advice = "the kernel was built without CONFIG_USERFAULTFD"
     error: UserfaultError = kind("userfaultfd", number, os.strerror(number), detail, advice)

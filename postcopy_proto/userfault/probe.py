@@ -28,6 +28,9 @@ HUGE_PAGES = Path("/sys/kernel/mm/hugepages")
 FULL = "full"
 USER_MODE_ONLY = "user-mode-only"
 
+OPENINGS = ("userfaultfd", "userfaultfd-user-mode")
+"""the checks of which one is enough"""
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -54,6 +57,19 @@ class ProbeResult:
         """Whether postcopy works here, for processes of our own at least."""
         return self.mode is not None
 
+    @property
+    def reasons(self) -> list[str]:
+        """Why postcopy can't work here and what to do about it; empty where it works."""
+        if self.supported:
+            return []
+        opened = any(check.ok for check in self.checks if check.name in OPENINGS)
+        # Without a descriptor nothing behind it was looked at, and its own absence is the reason.
+        return [
+            f"{check.name}: {check.detail}; {check.advice}"
+            for check in self.checks
+            if not check.ok and (check.required if opened else check.name in OPENINGS)
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: supported, mode, checks."""
         return {
@@ -66,8 +82,8 @@ class ProbeResult:
 def probe(target_page_size: int = TARGET_PAGE_SIZE) -> ProbeResult:
     """Looks at this host as the user and process that we are. Raises nothing."""
     checks = [_check_page_size(target_page_size)]
-    full, full_check = _try_open("userfaultfd", user_mode_only=False)
-    user, user_check = _try_open("userfaultfd-user-mode", user_mode_only=True)
+    full, full_check = _try_open(OPENINGS[0], user_mode_only=False)
+    user, user_check = _try_open(OPENINGS[1], user_mode_only=True)
     uffd = full or user
     try:
         checks += [full_check, user_check, _check_handshake(uffd)]
