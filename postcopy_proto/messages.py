@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from postcopy_proto.ramblock import TARGET_PAGE_SIZE, ByteRange
+from postcopy_proto.ramblock import TARGET_PAGE_SIZE, ByteRange, ascends
 
 
 class Message:
@@ -285,6 +285,9 @@ class Pages(Message):
         count = len(self.offsets)
         if count == 0:
             return
+        if self.is_one_run():
+            yield 0, count
+            return
         offsets = self.offsets.astype(np.int64)
         zero = self.zero
         follows = np.diff(offsets) == self.page_size
@@ -298,6 +301,16 @@ class Pages(Message):
         for end in (*breaks.tolist(), count):
             yield first, end - first
             first = end
+
+    def is_one_run(self) -> bool:
+        """Whether all entries, one at least, are one run: as is mostly the case, and found soon."""
+        positions = self.positions
+        if len(positions) == 1:
+            return True
+        step = int(positions[1]) - int(positions[0])
+        if step < 0 or (step == 0) != (positions[0] < 0):
+            return False
+        return ascends(self.offsets, self.page_size) and ascends(positions, step)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Pages):

@@ -97,7 +97,9 @@ class _Block:
 
         The first one's head does not matter. Pages of a stream mostly do: they came as records.
         """
-        if count < 2 or stride != WORD_SIZE + self.page_size:
+        if count == 1:
+            return True
+        if stride != WORD_SIZE + self.page_size:
             return False
         heads = np.ndarray(count - 1, ">u8", data, position + self.page_size, (stride,))
         offsets = np.arange(page + 1, page + count, dtype=np.uint64) * np.uint64(self.page_size)

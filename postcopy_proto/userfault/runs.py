@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from postcopy_proto.messages import Pages
-from postcopy_proto.ramblock import ascends
 
 _FEW: Final = 16
 """Up to so many pages a loop beats numpy; a page that somebody waits for comes alone."""
@@ -57,14 +56,11 @@ def _split_few(pages: Pages) -> list[Run]:
 
 def _whole(pages: Pages) -> list[Run] | None:
     """The batch as one run, as it mostly is; None when it isn't."""
-    offsets, positions = pages.offsets, pages.positions
-    position = int(positions[0])
-    stride = int(positions[1]) - position
-    if (stride == 0) != (position < 0) or stride < 0:
+    if not pages.is_one_run():
         return None
-    if not (ascends(offsets, pages.page_size) and ascends(positions, stride)):
-        return None
-    return [Run(int(offsets[0]), len(pages), position, stride)]
+    position = int(pages.positions[0])
+    stride = int(pages.positions[1]) - position
+    return [Run(int(pages.offsets[0]), len(pages), position, stride)]
 
 
 def _split_many(pages: Pages) -> list[Run]:
