@@ -140,10 +140,8 @@ class FileTarget:
         self._blocks: list[RAMBlock] = []
         self._device_state = b""
 
-    @property
-    def wants_runs(self) -> bool:
-        """Records go into the file as they are; a guest's memory has them side by side."""
-        return self._guest is not None
+    wants_runs = False
+    """records go into the file as they are, which saves more than a guest's memory would gain"""
 
     @property
     def sink(self) -> SaveFileSink:

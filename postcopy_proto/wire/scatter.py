@@ -325,9 +325,9 @@ class _Run:
         """The bytes from slot `first` on, in the order of the stream."""
         length = filled - self.start_of(first)
         pieces = []
-        while length > 0:
-            for piece in self.vectors(self.start_of(first), 2):
-                pieces.append(piece[:length])
-                length -= len(pieces[-1])
-            first += 1
+        for piece in self.vectors(self.start_of(first), 2 * self._slots):
+            if length <= 0:
+                break
+            pieces.append(piece[:length])
+            length -= len(piece)
         return b"".join(pieces)
