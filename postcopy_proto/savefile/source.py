@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -58,14 +59,25 @@ class SavedVm(Protocol):
 class ReadOnlyFile:
     """A regular file that is read by offset; OSError when it can't be opened.
 
+    RemoteProtocolError (UNSUPPORTED) when it is something else: pages are read in any order, which
+    no pipe allows.
+
     Read with pread and never mapped: a file that shrinks or a disk that fails must be an error,
     not a signal.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        # Without O_NONBLOCK a named pipe would keep us waiting for somebody who writes to it.
+        self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         status = os.fstat(self.descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise broken(
+                f"{self.path} is no regular file; copy the saved VM into one, since its pages are "
+                "read in any order",
+                kind=ErrorKind.UNSUPPORTED,
+            )
         self.size = status.st_size
         self.mtime_ns = status.st_mtime_ns
 
