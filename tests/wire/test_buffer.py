@@ -91,6 +91,7 @@ def test_other_formats_and_shapes_are_taken_as_bytes() -> None:
     buffer.feed(memoryview(np.array([5], np.uint32)))
     buffer.feed(memoryview(np.array([[6, 7]], np.uint8)))
     assert bytes(buffer.peek(14)) == bytes([0, 1, 0, 2, 0, 3, 0, 4, 5, 0, 0, 0, 6, 7])
+    assert buffer.total == 14
 
 
 def test_the_end() -> None:

@@ -157,6 +157,9 @@ def test_a_recovery_has_no_header_and_any_section_id(header: bool | None) -> Non
 
 def test_the_first_byte_decides_about_the_header() -> None:
     assert decode(forward(header=None), HEADER + b"\0") == [*HEAD, m.Eof()]
+    decoder = ForwardDecoder(header=None)
+    decoder.receive_data(b"\0")
+    assert list(decoder) == [m.Eof()], "one byte is enough"
 
 
 def test_a_recovery_keeps_to_one_section_id() -> None:

@@ -14,6 +14,8 @@ from postcopy_proto.messages import NEED_DATA, EndOfStream, Pages
 from postcopy_proto.ramblock import RAMBlock
 from postcopy_proto.wire import ForwardDecoder, Limits, PreemptDecoder, encode
 from postcopy_proto.wire.pages import (
+    EOS,
+    MULTIFD_FLUSH,
     RamSaveFlag,
     compress_bound,
     encode_page,
@@ -30,6 +32,7 @@ from tests.wire.helpers import (
     channel_of,
     cut,
     decode,
+    events_until_error,
     forward,
     h,
     join,
@@ -123,6 +126,31 @@ def test_only_whole_records_are_taken() -> None:
         taken = list(decoder)
         expected = sum(size >= end for end in (8 + 2 + P, 10 + P + 9, 10 + P + 9 + 8 + P))
         assert sum(len(event) for event in taken) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("before", [1, 2, RUN, RUN + 1, 6 * RUN])
+@pytest.mark.parametrize("kind", "zp")
+def test_a_flag_too_many_ends_a_batch_and_is_refused(kind: str, before: int) -> None:
+    """Wherever it stands among records that are right; bit by bit, CONTINUE but not the kind's."""
+    good, more = records(kind * before), records(kind * 3, named=False, first=before)
+    for bit in range(12):
+        flag = 1 << bit
+        word = int.from_bytes(more[:8], "big")
+        if word & flag:
+            continue
+        wrong = (word | flag).to_bytes(8, "big") + more[8:]
+        stream = encode(m.SectionPart(1)) + good + wrong
+        events, error = events_until_error(ForwardDecoder(header=False), [stream])
+        assert sum(len(event) for event in events if isinstance(event, Pages)) == before
+        assert error.offset == 5 + len(good), f"flag {flag:#x}"
+
+
+@pytest.mark.parametrize("word", [EOS, MULTIFD_FLUSH])
+def test_the_schema_of_a_word_alone(word: int) -> None:
+    schema, data = ram_record(P), word.to_bytes(8, "big")
+    record = schema.parse(data)
+    assert (record.word, record.idstr, record.body) == (word, None, None)
+    assert schema.build({"word": word, "idstr": None, "body": None}) == data
 
 
 def test_random_mixes_against_the_schema() -> None:
@@ -527,8 +555,9 @@ def test_encode_takes_payload_from_anywhere(positions: list[int]) -> None:
     assert encode(message) == scalar("b", offsets, [at < 0 for at in positions], rows, True)
 
 
-def test_payload_at_one_stride_is_not_copied() -> None:
-    message = scattered([8, 8 + P + 8, 8 + 2 * (P + 8)])
+@pytest.mark.parametrize("positions", [[8, 8 + P + 8, 8 + 2 * (P + 8)], [0, P, 2 * P], [3]])
+def test_payload_at_one_stride_is_not_copied(positions: list[int]) -> None:
+    message = scattered(positions)
     assert np.shares_memory(payload_rows(message), np.frombuffer(message.data, np.uint8))
 
 
@@ -545,6 +574,9 @@ def test_payload_must_lie_in_data() -> None:
 def test_join_merges_only_what_continues() -> None:
     first, more = batch("b", (0, page(1)), (1, None)), batch("b", (2, page(2)), named=False)
     other = batch("c", (0, None), named=False)
+    (joined,) = join_pages([first, more, more])
+    assert isinstance(joined, Pages)
+    assert joined.positions.tolist() == [0, -1, P, 2 * P]
     assert join_pages([first, more, more]) == [
         batch("b", (0, page(1)), (1, None), (2, page(2)), (2, page(2)))
     ]
