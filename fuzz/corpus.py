@@ -39,6 +39,9 @@ def write(directory: Path) -> dict[str, int]:
         inputs["destination"] |= {bytes([STRICT | 5]) + session, b"\0" + session}
         inputs["forward"].add(bytes([STRICT]) + session)
     inputs["save_file"] |= {bytes([STRICT | 5]) + tail for tail in tails()}
+    inputs["push"] |= {
+        bytes([how]) + program for how in range(0, 250, 17) for program in programs()
+    }
     for target, datas in inputs.items():
         place = directory / target
         place.mkdir(parents=True, exist_ok=True)
@@ -78,6 +81,18 @@ def sessions() -> list[bytes]:
         head + switch + closing,
         head + records + records + precopy_end,
         head + records + switch + records[:-7],
+    ]
+
+
+def programs() -> list[bytes]:
+    """Pushes of pages: sections of one length, of several, cut by other records and by garbage."""
+    return [
+        bytes([0x07] * 8),
+        bytes([0x03, 0x90] * 8),
+        bytes([0x07, 0x90, 0x03, 0x90, 0x07, 0x07, 0x90, 0x01, 0x90]),
+        bytes([0x07, 0xD0, 0x07, 0xC1, 0x07, 0xE0, 0x07]),
+        bytes([0x07, 0x90, 0x07, 0xE8, 0x07, 0xEA, 0xFF, 0xFF, 0x07]),
+        bytes([0x07] * 9),  # past the end of the block
     ]
 
 

@@ -26,8 +26,10 @@ from postcopy_proto.wire import (
     ReturnPathDecoder,
     encode,
     parse_package,
+    scatter,
 )
-from postcopy_proto.wire.pages import join_pages
+from postcopy_proto.wire.pages import CONTINUE, PAGE, ZERO, join_pages
+from postcopy_proto.wire.scatter import ScatterDecoder
 
 LIMITS = Limits(
     blocks=16,
@@ -227,6 +229,96 @@ def check_sections(state: bytes, text: bytes) -> None:
     assert at == len(state)
 
 
+_PUSH = b"".join(
+    encode(message)
+    for message in (
+        m.StreamHeader(),
+        m.Configuration("pc"),
+        m.SectionStart(2, "ram", 0, 4),
+        m.RamBlockList((m.RamBlockEntry("m0", 0x10000),)),
+        m.RamEos(),
+        m.SectionFooter(2),
+        m.SectionPart(2),
+    )
+)
+_BREAK = b"".join(encode(message) for message in (m.RamEos(), m.SectionFooter(2), m.SectionPart(2)))
+_EAGER = 3
+"""pages in a row after which the next ones are foretold here: inputs are short"""
+
+
+def push_of(program: bytes) -> bytes:
+    """A push of pages, and what may stand in its way: each byte says what comes next.
+
+    Most are the next page or the break between two sections; the others are a page or a zero page
+    elsewhere, a page with the block's name, and bytes as they stand in the program.
+    """
+    stream, page = bytearray(_PUSH), 0
+    at = 0
+    while at < len(program):
+        op, at = program[at], at + 1
+        if op < 0x90:
+            for _ in range(1 + op % 8):
+                flags = PAGE | CONTINUE if len(stream) > len(_PUSH) else PAGE
+                stream += (page * SMALL_PAGE | flags).to_bytes(8, "big")
+                stream += b"\2m0" if flags == PAGE else b""
+                stream += bytes([page & 0xFF]) * SMALL_PAGE
+                page += 1
+        elif op < 0xC0:
+            stream += _BREAK
+        elif op < 0xD0:
+            page += op & 7
+        elif op < 0xE0:
+            stream += (page * SMALL_PAGE | ZERO | CONTINUE).to_bytes(8, "big") + b"\0"
+            page += 1
+        elif op < 0xE8:
+            stream += (page * SMALL_PAGE | PAGE).to_bytes(8, "big") + b"\2m0" + bytes(SMALL_PAGE)
+            page += 1
+        else:
+            count = op & 0x17
+            stream += program[at : at + count]
+            at += count
+    return bytes(stream)
+
+
+def push(data: bytes) -> None:
+    """Pages that are read straight into place come as they do in the ordinary way."""
+    how, program = split(data)
+    stream = push_of(program)
+    scatter.STREAK = _EAGER
+    ordinary = drain(ForwardDecoder(target_page_size=SMALL_PAGE, limits=LIMITS), [stream])
+    decoder = ScatterDecoder(target_page_size=SMALL_PAGE, limits=LIMITS)
+    foretold = drain_foretold(decoder, stream, 29 + how * 61)
+    assert ordinary == foretold, f"ordinary: {ordinary}\nforetold: {foretold}"
+
+
+def drain_foretold(decoder: ScatterDecoder, stream: bytes, step: int) -> Outcome:
+    """What a decoder makes of a stream read in steps, into its buffers where it has some."""
+    events: list[m.Message] = []
+    at = 0
+    try:
+        while not events or not isinstance(events[-1], m.EndOfStream):
+            piece = stream[at : at + step]
+            buffers = decoder.expected_buffers(1 << 14) if piece else []
+            taken = 0
+            for buffer in buffers:
+                part = piece[taken : taken + len(buffer)]
+                buffer[: len(part)] = part
+                taken += len(part)
+            if buffers:
+                decoder.receive_expected(taken)
+            else:
+                decoder.receive_data(piece)
+            at += taken or len(piece)
+            while not isinstance(event := decoder.next_event(), m.NeedData):
+                events += join_pages([event])  # copied: the next read writes over the pages
+                if isinstance(event, m.EndOfStream):
+                    break
+    except RemoteProtocolError as error:
+        check_error(decoder, error)
+        return Outcome(join_pages(events), (error.kind, error.channel, error.message, error.reason))
+    return Outcome(join_pages(events), None)
+
+
 class Destination:
     """A whole destination that answers and asks as it reads, as its event loop does."""
 
@@ -278,5 +370,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "preempt": preempt,
     "package": package,
     "save_file": save_file,
+    "push": push,
     "destination": destination,
 }

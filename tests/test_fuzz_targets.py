@@ -7,6 +7,7 @@ import pytest
 from fuzz import corpus, targets
 from postcopy_proto import messages as m
 from postcopy_proto.errors import RemoteProtocolError
+from postcopy_proto.wire import scatter
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +85,11 @@ def test_encoding_that_differs_is_noticed():
     targets.check_encoding(outcome, bytes.fromhex("080002000400000001"), page_size=0)
     with pytest.raises(AssertionError):
         targets.check_encoding(outcome, bytes.fromhex("080002000400000002"), page_size=0)
+
+
+@pytest.mark.parametrize("program", corpus.programs()[3:5])
+def test_framing_that_is_believed_unseen_is_noticed(program, monkeypatch):
+    targets.push(b"\x40" + program)
+    monkeypatch.setattr(scatter._Run, "right", lambda run, whole: whole)
+    with pytest.raises(AssertionError):
+        targets.push(b"\x40" + program)
