@@ -80,8 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preempt",
         action="store_true",
-        help="a second connection for the pages that the VM waits for; the destination needs the "
-        "capability postcopy-preempt (QEMU 7.2 and later)",
+        help="a second connection for the pages that the VM waits for (QEMU 7.2 and later)",
     )
     parser.add_argument(
         "--timeout",
@@ -108,6 +107,11 @@ def run(args: argparse.Namespace) -> int:
         address = None if args.to is None else parse_address(args.to)
     except ValueError as error:
         return usage(error)
+    if args.preempt and args.qmp is None:
+        return usage(
+            "--preempt needs --qmp, to set the capability postcopy-preempt: without it a "
+            "destination may leave the second connection unread, and lose its pages in silence"
+        )
     if args.preempt and address is not None and address.kind == "fd":
         return usage("--preempt needs an address that can be connected to twice")
     if (code := check(args)) is not None:

@@ -39,8 +39,9 @@ class RestoreOptions:
     order: BackgroundOrder = BackgroundOrder.AFTER_REQUEST
     mode: TransferMode = TransferMode.LATENCY
     preempt: bool = False
-    """send pages that are asked for over a connection of their own; the destination must have the
-    capability postcopy-preempt"""
+    """send pages that are asked for over a connection of their own. The destination must have the
+    capability postcopy-preempt: a 7.2 without it never reads that connection, and at the end its VM
+    has zeros where these pages belong"""
     silence: float | None = 60.0
     """seconds that the destination may keep us waiting; None: no limit"""
 
@@ -164,7 +165,7 @@ class Restore:
                 "it has not run the VM. Check what QEMU printed, and that it has the machine type "
                 f"{machine}, the same devices and memory as the saved VM (--page-size, if that is "
                 "on huge pages), and the capability postcopy-ram, which must be set before "
-                "migrate-incoming"
+                "migrate-incoming, as must postcopy-preempt: with --preempt, and only then"
             )
         if self._connection.owed:
             return (

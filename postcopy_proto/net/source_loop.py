@@ -35,7 +35,6 @@ QUIET_SECONDS = 0.02
 """Time without a request after which LATENCY mode works like THROUGHPUT: the first request after a
 quiet time may wait longer, the next ones do not."""
 
-
 HOUSEKEEPING_MILLISECONDS = 200
 """How long we may wait, or only answer requests, before everything else is looked after."""
 
@@ -180,7 +179,7 @@ class SourceLoop:
 
     def _is_asked(self, deadline: int) -> bool:
         """Whether anything comes on the return path until then, in monotonic nanoseconds."""
-        self._watch(self._forward, select.POLLIN)
+        self._watch()
         poll = self._poll.poll
         while (now := time.monotonic_ns()) - self._answered_ns < AWAKE_NANOSECONDS:
             if poll(0):
@@ -355,21 +354,22 @@ class SourceLoop:
 
     def _wait(self, milliseconds: int) -> None:
         """Until a socket that we wait for is ready, or that time is over."""
-        for out in self._outs:
-            wanted = select.POLLOUT if out.pending else 0
-            if out is self._forward and not self._ended:
-                wanted |= select.POLLIN
-            self._watch(out, wanted)
+        self._watch()
         self._poll.poll(milliseconds)
 
-    def _watch(self, out: _Out, events: int) -> None:
-        if out.watched == events:
-            return
-        out.watched = events
-        if events:
-            self._poll.register(out.sock, events)
-        else:  # or it would wake us when the peer hangs up, again and again
-            self._poll.unregister(out.sock)
+    def _watch(self) -> None:
+        """Tell poll what we wait for, where that has changed."""
+        for out in self._outs:
+            events = select.POLLOUT if out.pending else 0
+            if out is self._forward and not self._ended:
+                events |= select.POLLIN
+            if events == out.watched:
+                continue
+            out.watched = events
+            if events:
+                self._poll.register(out.sock, events)
+            else:  # or it would wake us when the peer hangs up, again and again
+                self._poll.unregister(out.sock)
 
     def _progress(self) -> None:
         if self._on_progress is not None:

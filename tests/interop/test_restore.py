@@ -192,15 +192,12 @@ def test_over_two_connections(
 
 
 @pytest.mark.qemu_versions((7, 2), (999,))
-def test_over_two_connections_to_an_address(
+def test_over_two_connections_with_much_in_background(
     lab: Lab, saved_vms: SavedVms, qemu_binary: str
 ) -> None:
     saved = saved_vms.get(qemu_binary, LARGE, memory_mib=128)
     qemu = destination(lab, qemu_binary, saved)
-    address = f"unix:{lab.path('in')}"
-    qemu.capabilities(postcopy_ram=True, postcopy_preempt=True)
-    qemu.incoming(address)
-    finished(postcopy("restore", saved.path, "--to", address, "--preempt"))
+    finished(postcopy("restore", saved.path, "--qmp", qemu.qmp_path, "--preempt"))
     assert_goes_on(qemu, saved)
 
 
@@ -217,6 +214,19 @@ def test_over_two_connections_on_huge_pages(
         postcopy("restore", saved.path, "--qmp", qemu.qmp_path, "--preempt", "--page-size", "m0=2M")
     )
     assert_goes_on(qemu, saved)
+
+
+@pytest.mark.qemu_versions((7, 2), (999,))
+def test_two_connections_that_the_destination_waits_for(
+    lab: Lab, saved_vms: SavedVms, qemu_binary: str
+) -> None:
+    saved = saved_vms.get(qemu_binary)
+    qemu = destination(lab, qemu_binary, saved)
+    address = f"unix:{lab.path('in')}"
+    qemu.capabilities(postcopy_ram=True, postcopy_preempt=True)
+    qemu.incoming(address)
+    error = finished(postcopy("restore", saved.path, "--to", address, "--timeout", 2), code=1)
+    assert "postcopy-preempt: with --preempt, and only then" in error
 
 
 @pytest.mark.qemu_versions((0,), (7, 0))
@@ -383,7 +393,8 @@ def test_the_destination_is_killed(
 @pytest.mark.parametrize(
     "arguments",
     [[], ["--to", "nowhere"], ["--to", "unix:x", "--drain-after", "1"], ["--to", "unix:x",
-     "--page-size", "nobody=2M"], ["--to", "fd:3", "--preempt"]],
+     "--page-size", "nobody=2M"], ["--to", "fd:3", "--preempt"],
+     ["--to", "fd:3", "--preempt", "--qmp", "none"]],
 )  # fmt: skip
 def test_usage(saved_vms: SavedVms, qemu_binary: str, arguments: list[str]) -> None:
     saved = saved_vms.get(qemu_binary)
