@@ -94,6 +94,29 @@ def test_other_formats_and_shapes_are_taken_as_bytes() -> None:
     assert buffer.total == 14
 
 
+def test_what_is_unread_can_be_taken_back_and_read_elsewhere() -> None:
+    """A window half read, then a torn record and a chunk behind it; offsets stay right."""
+    buffer = ReceiveBuffer()
+    buffer.feed(b"abc")
+    buffer.feed(b"def")
+    assert bytes(buffer.peek(1)) == b"a"
+    buffer.skip(1)
+    assert buffer.take_back() == b"bcdef"
+    assert (buffer.offset, buffer.total, buffer.pending) == (1, 1, 0)
+    buffer.pass_over(5)
+    assert (buffer.offset, buffer.total, buffer.pending) == (6, 6, 0)
+    buffer.feed(b"gh")
+    with pytest.raises(NeedMoreError):
+        buffer.peek(4)
+    assert buffer.missing == 2
+    assert buffer.take_back() == b"gh"
+    assert (buffer.offset, buffer.total, buffer.missing) == (6, 6, 0)
+    assert buffer.take_back() == b""
+    buffer.feed(b"ij")
+    assert bytes(buffer.peek(2)) == b"ij"
+    assert (buffer.offset, buffer.pending) == (6, 2)
+
+
 def test_the_end() -> None:
     buffer = ReceiveBuffer()
     buffer.feed(b"ab")

@@ -134,6 +134,8 @@ def test_what_only_looks_like_a_tail_is_device_state(wrong: bytes) -> None:
     assert events(ForwardDecoder(), [data])[:-1] == expected
     pieces = (data[at : at + 11] for at in range(0, len(data), 11))
     assert events(ForwardDecoder(), pieces)[:-1] == expected
+    # Nor does it keep a stream without a description from ending.
+    assert events(ForwardDecoder(), [BEFORE + whole + b"\0"])[:-1] == expected[:-1]
 
 
 def test_a_description_only_behind_a_footer() -> None:

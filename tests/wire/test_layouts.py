@@ -7,11 +7,15 @@ import inspect
 import re
 
 import pytest
+from construct import Construct, ConstructError
 
 from postcopy_proto import messages as m
 from postcopy_proto.ramblock import ByteRange
 from postcopy_proto.wire import PreemptDecoder, ReturnPathDecoder, encode
+from postcopy_proto.wire.commands import COMMAND
+from postcopy_proto.wire.configuration import CONFIGURATION
 from postcopy_proto.wire.encode import _ENCODERS
+from postcopy_proto.wire.return_path import MESSAGE, REQ_PAGES_ID
 from tests.wire.helpers import ADVISE, HEADER, P, batch, decode, end_section, forward, h, page
 
 CONFIGURATION_UUID = bytes.fromhex("00112233445566778899aabbccddeeff")
@@ -47,6 +51,22 @@ CONFIGURATIONS = [
         h("07 00000002 7063 05 1a") + b"configuration/capabilities" + h("00000001 00000000"),
     ),
 ]
+
+SCHEMAS = [
+    (COMMAND, h("08 0002 0004 00000042")),
+    (MESSAGE, h("0002 0004 00000042")),
+    (REQ_PAGES_ID, h("0000000000001000 00001000 01 62")),
+    (CONFIGURATION, h("07 00000002 7063")),
+]
+
+
+@pytest.mark.parametrize(("schema", "data"), SCHEMAS, ids=lambda value: str(value)[:12])
+def test_schemas_take_neither_more_nor_less(schema: Construct, data: bytes) -> None:
+    schema.parse(data)
+    for wrong in (data + b"\0", data[:-1]):
+        with pytest.raises(ConstructError):
+            schema.parse(wrong)
+
 
 ITEMS = [
     (m.OpenReturnPath(), h("08 0001 0000")),

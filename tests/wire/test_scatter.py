@@ -243,6 +243,20 @@ def test_damaged_streams(
     )
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_break_of_another_sort_between_words_that_are_right(eager: None, seed: int) -> None:
+    """END where PART was foretold: the pages on both sides are those that were expected."""
+    numbers = [list(range(first, first + 12)) for first in range(0, 72, 12)]
+    kinds = [m.SectionPart] * 4 + [m.SectionEnd, m.SectionPart]
+    data = OPENING + b"".join(
+        section(records("pc.ram", part, named=not part[0]), kind=kind)
+        for part, kind in zip(numbers, kinds, strict=True)
+    )
+    assert check(data, seed) > 0
+    expected, _ = take(ForwardDecoder(), data, at_once)
+    assert take(ScatterDecoder(), data, at_once)[0] == expected
+
+
 def test_offsets_count_what_came_either_way() -> None:
     """An error behind scattered bytes says where it is."""
     good = OPENING + pushed([64] * 4)
