@@ -68,6 +68,16 @@ def test_schemas_take_neither_more_nor_less(schema: Construct, data: bytes) -> N
             schema.parse(wrong)
 
 
+def test_the_longest_discard() -> None:
+    """As many ranges as the envelope's 16 bits can count the bytes of."""
+    message = m.PostcopyRamDiscard("b", tuple(ByteRange(i * P, P) for i in range(4095)))
+    data = encode(message)
+    assert COMMAND.parse(data).len == 4 + 4095 * 16
+    assert decode(forward(), HEADER + ADVISE + data + b"\0")[3] == message
+    with pytest.raises(ValueError, match="4096 ranges of .b. in one command; 4095 fit"):
+        encode(m.PostcopyRamDiscard("b", (*message.ranges, ByteRange(0, P))))
+
+
 ITEMS = [
     (m.OpenReturnPath(), h("08 0001 0000")),
     (m.Ping(0x42), h("08 0002 0004 00000042")),
