@@ -10,6 +10,7 @@ import pytest
 from construct import Construct, ConstructError
 
 from postcopy_proto import messages as m
+from postcopy_proto import wire
 from postcopy_proto.ramblock import ByteRange
 from postcopy_proto.wire import PreemptDecoder, ReturnPathDecoder, encode
 from postcopy_proto.wire.commands import COMMAND
@@ -68,13 +69,17 @@ def test_schemas_take_neither_more_nor_less(schema: Construct, data: bytes) -> N
             schema.parse(wrong)
 
 
+def test_public_names_are_there() -> None:
+    assert all(hasattr(wire, name) for name in wire.__all__)
+
+
 def test_the_longest_discard() -> None:
     """As many ranges as the envelope's 16 bits can count the bytes of."""
     message = m.PostcopyRamDiscard("b", tuple(ByteRange(i * P, P) for i in range(4095)))
     data = encode(message)
     assert COMMAND.parse(data).len == 4 + 4095 * 16
     assert decode(forward(), HEADER + ADVISE + data + b"\0")[3] == message
-    with pytest.raises(ValueError, match="4096 ranges of .b. in one command; 4095 fit"):
+    with pytest.raises(ValueError, match="4095 fit"):
         encode(m.PostcopyRamDiscard("b", (*message.ranges, ByteRange(0, P))))
 
 
