@@ -113,6 +113,7 @@ def test_what_is_unread_can_be_taken_back_and_read_elsewhere() -> None:
     assert (buffer.offset, buffer.total, buffer.missing) == (6, 6, 0)
     assert buffer.take_back() == b""
     buffer.feed(b"ij")
+    assert bytes(buffer.peek(1)) == b"i"
     assert bytes(buffer.peek(2)) == b"ij"
     assert (buffer.offset, buffer.pending) == (6, 2)
 
