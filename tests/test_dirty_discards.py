@@ -16,8 +16,10 @@ from postcopy_proto.dirty import (
     iter_discards,
     plan_discards,
 )
+from postcopy_proto.dirty import discards as discards_module
 from postcopy_proto.dirty import edges as edges_module
-from postcopy_proto.dirty.edges import DENSE_WORDS, PART_WORDS, REST_WORDS
+from postcopy_proto.dirty import words as words_module
+from postcopy_proto.dirty.edges import BATCH_WORDS, DENSE_WORDS, PART_WORDS, REST_WORDS
 from postcopy_proto.dirty.words import CHUNK_WORDS
 from postcopy_proto.messages import PostcopyRamDiscard
 from postcopy_proto.ramblock import ByteRange, RAMBlock
@@ -122,10 +124,12 @@ def test_edges_of_words(pages: int, shape: str) -> None:
     assert encoded(bits) == scalar("pc.ram", bits, pages)
 
 
-@pytest.mark.parametrize("page", [0, 1, 62, 63, 64, 127, 128, 64 * PART_WORDS - 1, 64 * PART_WORDS])
+@pytest.mark.parametrize(
+    "page", [0, 1, 62, 63, 64, 127, 128, 64 * CHUNK_WORDS - 1, 64 * CHUNK_WORDS]
+)
 @pytest.mark.parametrize("value", [0, 1])
 def test_one_page_unlike_all_others(page: int, value: int) -> None:
-    bits = bitarray(64 * PART_WORDS + 100, endian="little")
+    bits = bitarray(64 * CHUNK_WORDS + 100, endian="little")
     bits.setall(not value)
     bits[page] = value
     assert encoded(bits) == scalar("pc.ram", bits, len(bits))
@@ -137,7 +141,7 @@ def mixed(seed: int, words: int) -> bitarray:
     pieces: list[NDArray[np.uint8]] = []
     left = words
     while left > 0:
-        count = min(left, int(random.integers(1, 2 * PART_WORDS)))
+        count = min(left, int(random.integers(1, 2 * CHUNK_WORDS)))
         density = random.choice([0, 1, 0.0005, 0.02, 0.5, 0.9995])
         if random.random() < 0.3:  # few words, each of them torn
             piece = np.zeros(count, np.uint64)
@@ -157,16 +161,81 @@ def mixed(seed: int, words: int) -> bitarray:
 @pytest.mark.parametrize("seed", range(6))
 def test_large_bitmaps_against_the_c_reference(seed: int) -> None:
     bits = mixed(seed, CHUNK_WORDS + CHUNK_WORDS // 2 + seed)
-    expected = np.zeros(64 << 20, np.uint8)
+    expected = np.zeros(256 << 20, np.uint8)
     bitmap = np.frombuffer(memoryview(bits), np.uint8)
     pages = len(bits)
     size = bench.reference(bitmap, pages, swapped=seed % 2 == 0, output=expected)
+    assert size <= len(expected)
     block = RAMBlock(bench.IDSTR, pages * PAGE)
     at = 0
     for piece in iter_discards(block, DirtyBitmap.from_bits(bits)):
         assert piece == memoryview(expected.data)[at : at + len(piece)]
         at += len(piece)
     assert at == size
+
+
+ONES = (1 << 64) - 1
+WORDS = st.one_of(
+    st.sampled_from(
+        [0, ONES, 1, 1 << 63, ONES >> 1, ONES ^ 1, 3 << 62, 1 << 63 | 1, 0x5555 << 48, ONES // 3]
+    ),
+    st.integers(0, 63).map(lambda bit: 1 << bit),
+    st.integers(0, ONES),
+)
+
+
+@given(
+    stretches=st.lists(
+        st.tuples(st.sampled_from([0, ONES]), st.integers(0, 20), st.lists(WORDS, max_size=6)),
+        max_size=12,
+    ),
+    host_pages=st.sampled_from([1, 1, 2, 64, 256]),
+    chunk=st.sampled_from([4, 8, 16]),
+    batch=st.sampled_from([1, 2, 4, 64]),
+)
+@settings(max_examples=1000, deadline=None)
+def test_every_border_with_all_sizes_small(
+    stretches: list[tuple[int, int, list[int]]], host_pages: int, chunk: int, batch: int
+) -> None:
+    """Chunks, batches, parts and packs of a few words: torn words meet all of their borders."""
+    words = [word for uniform, count, torn in stretches for word in [*[uniform] * count, *torn]]
+    words += [0] * (-len(words) % 4)
+    if not words:
+        return
+    bits = bitarray(endian="little")
+    bits.frombytes(np.array(words, np.uint64).tobytes())
+    block = RAMBlock("pc.ram", len(bits) * PAGE, PAGE * host_pages)
+    sizes = {
+        "CHUNK_WORDS": chunk,
+        "BATCH_WORDS": batch,
+        "PART_WORDS": chunk // 2,
+        "DENSE_WORDS": 2,
+        "REST_WORDS": 1,
+        "PACK_EDGES": 30,
+        "MAX_EDGES": 2 * 65,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in sizes.items():
+            patch.setattr(edges_module, name, size)
+        patch.setattr(words_module, "CHUNK_WORDS", chunk)
+        patch.setattr(discards_module, "_spare", [])
+        ours = encode_discards(block, DirtyBitmap.from_bits(bits))
+    assert ours == scalar("pc.ram", bits, len(bits), widened=host_pages)
+
+
+@pytest.mark.parametrize("words", [CHUNK_WORDS + 1, 2 * CHUNK_WORDS + 6])
+@pytest.mark.parametrize("density", [0.0005, 0.004, 0.012, 0.018, 0.04, 0.06])
+@pytest.mark.parametrize("value", [False, True])
+def test_densities_between_the_ways(words: int, density: float, value: bool) -> None:
+    """Few words in batches, words of one, two and more edges, unpacked ones with padding."""
+    bits = random_bits(7, 64 * words, density)
+    if value:
+        bits.invert()
+    expected = np.zeros(64 << 20, np.uint8)
+    bitmap = np.frombuffer(memoryview(bits), np.uint8)
+    size = bench.reference(bitmap, len(bits), swapped=True, output=expected)
+    assert size <= len(expected)
+    assert encoded(bits, bench.IDSTR) == expected[:size].tobytes()
 
 
 def test_the_reference_agrees_with_the_plain_walk() -> None:
@@ -277,7 +346,7 @@ def test_memory_does_not_grow_with_the_guest(density: float) -> None:
 
 def test_the_ways_are_all_there_to_be_taken() -> None:
     """The bounds that the tests above are built around."""
-    assert REST_WORDS < DENSE_WORDS < PART_WORDS <= CHUNK_WORDS
+    assert REST_WORDS < DENSE_WORDS < BATCH_WORDS < PART_WORDS < CHUNK_WORDS
     assert edges_module.MAX_EDGES >= DENSE_WORDS * 64
 
 
