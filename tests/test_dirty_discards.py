@@ -209,10 +209,10 @@ def test_every_border_with_all_sizes_small(
         "CHUNK_WORDS": chunk,
         "BATCH_WORDS": batch,
         "PART_WORDS": chunk // 2,
-        "DENSE_WORDS": 2,
+        "DENSE_WORDS": 1,
         "REST_WORDS": 1,
         "PACK_EDGES": 30,
-        "MAX_EDGES": 2 * 65,
+        "MAX_EDGES": 65,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
@@ -221,6 +221,15 @@ def test_every_border_with_all_sizes_small(
         patch.setattr(discards_module, "_spare", [])
         ours = encode_discards(block, DirtyBitmap.from_bits(bits))
     assert ours == scalar("pc.ram", bits, len(bits), widened=host_pages)
+
+
+def test_more_edges_in_a_batch_than_are_found_at_once() -> None:
+    """Every eighth word torn, its last bit set and the next word clean."""
+    words = np.zeros(8 * 3 * DENSE_WORDS, np.uint64)
+    words[::8] = 0xAAAA_AAAA_AAAA_AAAA
+    bits = bitarray(endian="little")
+    bits.frombytes(words.tobytes())
+    assert encoded(bits) == scalar("pc.ram", bits, len(bits))
 
 
 @pytest.mark.parametrize("words", [CHUNK_WORDS + 1, 2 * CHUNK_WORDS + 6])
