@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from postcopy_proto.cli import output
 from postcopy_proto.cli.arguments import block_page_size, size
+from postcopy_proto.errors import ErrorKind, RemoteProtocolError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -157,11 +158,23 @@ def opened(args: argparse.Namespace) -> Iterator[SavedVm | None]:
         except ValueError as error:
             output.error(error)
             vm = None
+        except RemoteProtocolError as error:
+            error.reason += _advice(error)
+            raise
     try:
         yield vm
     finally:
         if vm is not None:
             vm.close()
+
+
+def _advice(error: RemoteProtocolError) -> str:
+    """What to do about a file that is refused, where the reason does not say it."""
+    if error.kind is ErrorKind.UNSUPPORTED:
+        return ""
+    if error.offset == 0:
+        return "; QEMU's `migrate exec:cat>FILE` makes a save file, libvirt's `virsh save` another"
+    return "; the file is cut short or damaged: copy it again or save the VM again"
 
 
 def deliver(

@@ -63,7 +63,7 @@ class IncomingQemu:
         try:
             migration = self._migration()
         except QmpError:
-            return "QEMU has ended; what it printed last says why"
+            return "QEMU answers no more; if it has ended, what it printed last says why"
         return str(migration.get("error-desc", ""))
 
     def _migration(self) -> dict[str, Any]:
