@@ -235,7 +235,7 @@ _PUSH = b"".join(
         m.StreamHeader(),
         m.Configuration("pc"),
         m.SectionStart(2, "ram", 0, 4),
-        m.RamBlockList((m.RamBlockEntry("m0", 0x10000),)),
+        m.RamBlockList((m.RamBlockEntry("m0", 0x8000),)),
         m.RamEos(),
         m.SectionFooter(2),
         m.SectionPart(2),
@@ -244,6 +244,8 @@ _PUSH = b"".join(
 _BREAK = b"".join(encode(message) for message in (m.RamEos(), m.SectionFooter(2), m.SectionPart(2)))
 _EAGER = 3
 """pages in a row after which the next ones are foretold here: inputs are short"""
+_LONGEST = 0xA000
+"""bytes of a push after which nothing is added: some more than the block has room for"""
 
 
 def push_of(program: bytes) -> bytes:
@@ -254,7 +256,7 @@ def push_of(program: bytes) -> bytes:
     """
     stream, page = bytearray(_PUSH), 0
     at = 0
-    while at < len(program):
+    while at < len(program) and len(stream) < _LONGEST:
         op, at = program[at], at + 1
         if op < 0x90:
             for _ in range(1 + op % 8):
@@ -287,7 +289,7 @@ def push(data: bytes) -> None:
     scatter.STREAK = _EAGER
     ordinary = drain(ForwardDecoder(target_page_size=SMALL_PAGE, limits=LIMITS), [stream])
     decoder = ScatterDecoder(target_page_size=SMALL_PAGE, limits=LIMITS)
-    foretold = drain_foretold(decoder, stream, 29 + how * 61)
+    foretold = drain_foretold(decoder, stream, 509 + how * 61)
     assert ordinary == foretold, f"ordinary: {ordinary}\nforetold: {foretold}"
 
 
