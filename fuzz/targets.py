@@ -117,7 +117,7 @@ def check_encoding(outcome: Outcome, data: bytes, *, page_size: int) -> None:
     """The messages' bytes are those that they were read from."""
     messages = [event for event in outcome.events if not isinstance(event, m.EndOfStream)]
     if page_size != SMALL_PAGE:  # encode() of XBZRLE and of the block list has the usual page
-        encoded = b"".join(encode(message) for message in messages)
+        encoded = stream_of(*messages)
         assert data.startswith(encoded), f"{messages}\n{encoded.hex()}"
 
 
@@ -183,19 +183,21 @@ def package(data: bytes) -> None:
         return
     assert isinstance(items[0], m.PostcopyListen)
     assert isinstance(items[-1], m.PostcopyRun)
-    assert b"".join(encode(item) for item in items) == payload
+    assert stream_of(*items) == payload
 
 
-_HEAD = b"".join(
-    encode(message)
-    for message in (
-        m.StreamHeader(),
-        m.Configuration("pc"),
-        m.SectionStart(2, "ram", 0, 4),
-        m.RamBlockList((m.RamBlockEntry("pc.ram", 0x1000),)),
-        m.RamEos(),
-        m.SectionFooter(2),
-    )
+def stream_of(*messages: m.Message) -> bytes:
+    """Their bytes, one message behind the other."""
+    return b"".join(map(encode, messages))
+
+
+_HEAD = stream_of(
+    m.StreamHeader(),
+    m.Configuration("pc"),
+    m.SectionStart(2, "ram", 0, 4),
+    m.RamBlockList((m.RamBlockEntry("pc.ram", 0x1000),)),
+    m.RamEos(),
+    m.SectionFooter(2),
 )
 
 
@@ -229,19 +231,16 @@ def check_sections(state: bytes, text: bytes) -> None:
     assert at == len(state)
 
 
-_PUSH = b"".join(
-    encode(message)
-    for message in (
-        m.StreamHeader(),
-        m.Configuration("pc"),
-        m.SectionStart(2, "ram", 0, 4),
-        m.RamBlockList((m.RamBlockEntry("m0", 0x8000),)),
-        m.RamEos(),
-        m.SectionFooter(2),
-        m.SectionPart(2),
-    )
+_PUSH = stream_of(
+    m.StreamHeader(),
+    m.Configuration("pc"),
+    m.SectionStart(2, "ram", 0, 4),
+    m.RamBlockList((m.RamBlockEntry("m0", 0x8000),)),
+    m.RamEos(),
+    m.SectionFooter(2),
+    m.SectionPart(2),
 )
-_BREAK = b"".join(encode(message) for message in (m.RamEos(), m.SectionFooter(2), m.SectionPart(2)))
+_BREAK = stream_of(m.RamEos(), m.SectionFooter(2), m.SectionPart(2))
 _EAGER = 3
 """pages in a row after which the next ones are foretold here: inputs are short"""
 _LONGEST = 0xA000
