@@ -7,12 +7,18 @@ that should be able to run them then fails instead of passing with less.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 from typing import Any
 
 import pytest
 
 NO_SKIP = frozenset(filter(None, os.environ.get("POSTCOPY_NO_SKIP", "").split(",")))
+
+# Behind `&` in a script a shell has SIGINT ignored, and every program that a test starts and then
+# interrupts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
