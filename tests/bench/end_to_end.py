@@ -10,6 +10,7 @@ record to the last placement. Memory is warmed first: a machine's first use of a
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import mmap
 import os
@@ -56,6 +57,9 @@ class RegionTarget:
     def open(self, connection: DestinationConnection) -> None:
         [block] = connection.blocks.values()
         self.region = Region.create(block)
+        # Warm, as the C receiver: the pages that COPY will take were in use a moment ago.
+        self.region.mapping.advise_huge_pages(False)
+        ctypes.memset(self.region.address, 1, block.used_length)
         self.backend = Backend([self.region], user_mode_only=True)
         self.backend.incoming_init()
 

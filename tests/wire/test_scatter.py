@@ -163,7 +163,7 @@ def test_nothing_is_foretold_where_nothing_is_known() -> None:
     decoder.receive_data(records("pc.ram", [scatter.STREAK - 1], False))
     assert decoder.expected_buffers(1 << 20) == [], "events are still to be taken"
     list(decoder)
-    assert len(decoder.expected_buffers(1 << 20)) == scatter.VECTORS
+    assert len(decoder.expected_buffers(1 << 20)) == 2 * scatter.STAGING // P
     assert sum(map(len, decoder.expected_buffers(8 * (P + 8)))) == 8 * (P + 8)
     assert sum(map(len, decoder.expected_buffers(8 * (P + 8) + 1))) == 9 * (P + 8)
     decoder.receive_data(records("b", list(range(40)), True))
