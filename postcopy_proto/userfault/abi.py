@@ -26,6 +26,8 @@ UFFDIO_RANGE_STRUCT: Final = struct.Struct("=QQ")
 UFFDIO_REGISTER_STRUCT: Final = struct.Struct("=QQQQ")
 """struct uffdio_register: start, length, mode, ioctls"""
 UFFDIO_COPY_STRUCT: Final = struct.Struct("=QQQQq")
+UFFDIO_COPY_ADDRESSES: Final = struct.Struct("@LL" if struct.calcsize("@L") == 8 else "=QQ")
+"""its first two fields, destination and source; as native integers, which Python packs faster"""
 """struct uffdio_copy: destination, source, length, mode, bytes copied or -errno"""
 UFFDIO_ZEROPAGE_STRUCT: Final = struct.Struct("=QQQq")
 """struct uffdio_zeropage: start, length, mode, bytes zeroed or -errno"""

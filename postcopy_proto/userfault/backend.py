@@ -24,7 +24,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 from bitarray import bitarray
 
@@ -34,27 +34,32 @@ from postcopy_proto.ramblock import TARGET_PAGE_SIZE
 from postcopy_proto.userfault.abi import Features, Ioctls
 from postcopy_proto.userfault.blocks import GuestBlock, GuestBlocks
 from postcopy_proto.userfault.descriptor import (
+    MESSAGE_SIZE,
+    PAGEFAULT,
+    UNPACK_FAULTS,
     AgainError,
     AlreadyPresentError,
     AnyEvent,
     ForkEvent,
     NotRegisteredError,
     OwnerGoneError,
-    PageFault,
     RemapEvent,
     RemoveEvent,
+    ResolveError,
     UnmapEvent,
     Userfaultfd,
 )
 from postcopy_proto.userfault.placing import Placer
 from postcopy_proto.userfault.region import Region
+from postcopy_proto.userfault.staging import address_of
 from postcopy_proto.userfault.statistics import FaultStatistics
 
 trace = logging.getLogger("postcopy_proto.trace")
 log = logging.getLogger(__name__)
 
-_EVENTS: Final = 64
-"""events taken by one read; fewer mean that no more waited"""
+_EVENTS: Final = 14
+"""Events taken by one read; fewer mean that no more waited. More would need a buffer that Python
+takes from the system for each read."""
 
 
 class Backend:
@@ -93,9 +98,10 @@ class Backend:
         self._huge_pages = huge_pages
         self._uffd: Userfaultfd | None = None
         self._forks: list[Userfaultfd] = []
-        self._events: list[AnyEvent] = []
+        self._kept = b""
         self._wanted: list[tuple[str, int]] = []
         self._serving_thread = 0
+        self._tracing = False
         self._ended = False
         self.received: dict[str, bitarray] = {block.idstr: block.received for block in self._blocks}
         """per block one bit a target page, little-endian bit order: has arrived"""
@@ -196,6 +202,8 @@ class Backend:
         self._serving_thread = threading.get_ident()
         for block in self._blocks:
             block.region.before_read = self._guard(block)
+        # Once, for all faults: on their way nothing is asked that can be known before.
+        self._tracing = trace.isEnabledFor(logging.DEBUG)
         trace.debug("postcopy_ram_enable_notify")
 
     @staticmethod
@@ -237,17 +245,20 @@ class Backend:
         uffd = self._descriptor()
         self._serving_thread = threading.get_ident()
         requests, self._wanted = self._wanted, []
-        while True:
-            kept, self._events = self._events, []
-            events = kept or uffd.read_events(_EVENTS)
-            now = time.perf_counter_ns()
-            for event in events:
-                if type(event) is PageFault:
-                    self._fault(event, now, requests)
+        kept, self._kept = self._kept, b""
+        messages = kept or uffd.read_messages(_EVENTS)
+        while messages:
+            now, position = time.perf_counter_ns(), 0
+            for event, _, address, thread_id in UNPACK_FAULTS(messages):
+                if event == PAGEFAULT:
+                    self._fault(address, thread_id, now, requests)
                 else:
-                    self._other_event(event)
-            if not kept and len(events) < _EVENTS:
-                return requests
+                    self._other_event(uffd.decode(messages[position : position + MESSAGE_SIZE]))
+                position += MESSAGE_SIZE
+            if position < _EVENTS * MESSAGE_SIZE and not kept:
+                break
+            kept, messages = b"", uffd.read_messages(_EVENTS)
+        return requests
 
     def want(self, block: str, start: int, length: int) -> int:
         """Asks for the missing host pages of a range as if the guest had touched them.
@@ -267,26 +278,29 @@ class Backend:
         """Byte offsets of the host pages of a range that have not arrived."""
         return self._blocks.named(block, "missing").missing(start, length)
 
-    def _fault(self, fault: PageFault, now: int, requests: list[tuple[str, int]]) -> None:
-        self.stats.faults += 1
-        block, offset = self._blocks.at(fault.address)
+    def _fault(
+        self, address: int, thread_id: int, now: int, requests: list[tuple[str, int]]
+    ) -> None:
+        stats = self.stats
+        stats.faults += 1
+        block, offset = self._blocks.at(address)
         host_page = offset & -block.host_page_size
-        if block.has_received(host_page):
+        if block.received[host_page // block.page_size]:
             self._answer_received(block, host_page)
-            self.stats.add_wait(fault.thread_id, time.perf_counter_ns() - now)
+            stats.add_wait(thread_id, time.perf_counter_ns() - now)
             return
         waiters = block.waiting.get(host_page)
-        if waiters is None:
-            block.waiting[host_page] = [(fault.thread_id, now)]
-            self.stats.requested += 1
-            requests.append((block.idstr, host_page))
-            if trace.isEnabledFor(logging.DEBUG):
-                trace.debug(
-                    "postcopy_ram_fault_thread_request Request for HVA=%#x rb=%s offset=%#x",
-                    *(fault.address, block.idstr, host_page),
-                )
-        else:
-            waiters.append((fault.thread_id, now))
+        if waiters is not None:
+            waiters.append((thread_id, now))
+            return
+        block.waiting[host_page] = [(thread_id, now)]
+        stats.requested += 1
+        requests.append((block.idstr, host_page))
+        if self._tracing:
+            trace.debug(
+                "postcopy_ram_fault_thread_request Request for HVA=%#x rb=%s offset=%#x",
+                *(address, block.idstr, host_page),
+            )
 
     def _answer_received(self, block: GuestBlock, host_page: int) -> None:
         """A fault on a page that counts as received.
@@ -340,11 +354,14 @@ class Backend:
 
         Removals take effect at once; faults keep for the next `read_faults`.
         """
-        for event in self._descriptor().read_events():
-            if isinstance(event, PageFault):
-                self._events.append(event)
+        uffd = self._descriptor()
+        messages = uffd.read_messages(_EVENTS)
+        for position in range(0, len(messages), MESSAGE_SIZE):
+            message = messages[position : position + MESSAGE_SIZE]
+            if message[0] == PAGEFAULT:
+                self._kept += message
             else:
-                self._other_event(event)
+                self._other_event(uffd.decode(message))
 
     def _guard(self, block: GuestBlock) -> Callable[[int, int], None]:
         """The check that the serving thread does not wait for itself."""
@@ -385,6 +402,8 @@ class Backend:
         the owner has gone. (postcopy_place_page, postcopy_place_page_zero)
         """
         self._check_not_ended()
+        if len(pages) == 1 and self._uffd is not None and self._place_single(pages):
+            return
         if len(pages) == 0:
             return
         block, runs = self._placer.check(pages, channel)
@@ -393,6 +412,64 @@ class Backend:
         else:
             self._owner.flush()
             self._placer.write(block, pages)
+
+    def place_page(self, block: str, offset: int, source: int | None) -> None:
+        """Places one host page, from `enable_notify` on: what a vCPU waits for is mostly one.
+
+        The bytes are at address `source` of this process, or zeros when that is None; `offset`
+        is the host page's in its block. The short way for who has pages at hand and no stream of
+        them. Errors as for `place`; ValueError when not listening. (postcopy_place_page,
+        postcopy_place_page_zero)
+        """
+        target, uffd = self._blocks.by_name.get(block), self._uffd
+        if target is None or uffd is None:
+            self._refuse_page(block, offset)
+        host, page = target.host_page_size, offset // target.page_size
+        if offset % host or not 0 <= offset < target.length:
+            self._refuse_page(block, offset)
+        received = target.received
+        if source is None or received[page] or host != target.page_size:
+            self._placer.fill(uffd, target, page, host // target.page_size, source)
+            return
+        # From here on what `fill` does, for the one page that a vCPU waits for. Where anything
+        # is unusual, it is asked after all.
+        try:
+            uffd.copy(target.address + offset, source, host)
+        except ResolveError:
+            self._placer.fill(uffd, target, page, 1, source)
+            return
+        received[page] = 1
+        stats = self.stats
+        stats.placements += 1
+        stats.pages += 1
+        waiters = target.waiting.pop(offset, None)
+        if waiters is not None:
+            now = time.perf_counter_ns()
+            for thread_id, since in waiters:
+                stats.add_wait(thread_id, now - since)
+        if self._tracing:
+            trace.debug("postcopy_place_page host=%#x pages=1", target.address + offset)
+
+    def _place_single(self, pages: Pages) -> bool:
+        """A batch of one target page that is a host page; False when it is something else."""
+        block, size = self._blocks.by_name.get(pages.block), self._page_size
+        if block is None or block.host_page_size != size or pages.page_size != size:
+            return False
+        offset, position, data = int(pages.offsets[0]), int(pages.positions[0]), pages.data
+        if offset % size or offset >= block.length or position + size > len(data):
+            return False
+        self.place_page(pages.block, offset, None if position < 0 else address_of(data) + position)
+        return True
+
+    def _refuse_page(self, block: str, offset: int) -> NoReturn:
+        self._descriptor()
+        target = self._blocks.named(block, "PAGE")
+        raise RemoteProtocolError(
+            f"{offset:#x} is no host page ({target.host_page_size}) of {block} of "
+            f"{target.length:#x} bytes",
+            kind=ErrorKind.RANGE,
+            message="PAGE",
+        )
 
     # ---- the end
 

@@ -26,6 +26,7 @@ class GuestBlock:
         self.idstr = region.block.idstr
         self.address = region.address
         self.length = region.block.used_length
+        self.end = self.address + self.length
         self.page_size = page_size
         self.host_page_size = region.block.page_size
         self.received = bitarray(self.length // page_size, endian="little")
@@ -54,10 +55,12 @@ class GuestBlock:
         """Ends the waits for host pages in [start, start + length)."""
         now = time.perf_counter_ns()
         waiting, host = self.waiting, self.host_page_size
-        pages: Iterable[int]
         if length == host:
-            pages = (start,) if start in waiting else ()
-        elif len(waiting) * host < length:
+            for thread_id, since in waiting.pop(start, ()):
+                statistics.add_wait(thread_id, now - since)
+            return
+        pages: Iterable[int]
+        if len(waiting) * host < length:
             pages = [page for page in waiting if start <= page < start + length]
         else:
             pages = [page for page in range(start, start + length, host) if page in waiting]
@@ -70,18 +73,19 @@ class GuestBlocks:
     """All blocks of a backend. ValueError when two have one name."""
 
     def __init__(self, regions: Sequence[Region], page_size: int) -> None:
-        self._by_name = {r.block.idstr: GuestBlock(r, page_size) for r in regions}
-        if len(self._by_name) != len(regions):
+        self.by_name = {r.block.idstr: GuestBlock(r, page_size) for r in regions}
+        if len(self.by_name) != len(regions):
             raise ValueError("two regions have one name")
-        self._by_address = sorted(self._by_name.values(), key=lambda block: block.address)
+        self._by_address = sorted(self.by_name.values(), key=lambda block: block.address)
         self._addresses = [block.address for block in self._by_address]
+        self._last_found = self._by_address[0]
 
     def __iter__(self) -> Iterator[GuestBlock]:
-        return iter(self._by_name.values())
+        return iter(self.by_name.values())
 
     def named(self, name: str, message: str, channel: Channel | None = None) -> GuestBlock:
         """The block of that name; RemoteProtocolError about `message` when there is none."""
-        block = self._by_name.get(name)
+        block = self.by_name.get(name)
         if block is None:
             raise RemoteProtocolError(
                 f"no RAMBlock is named {name!r}",
@@ -96,10 +100,14 @@ class GuestBlocks:
 
         (qemu_ram_block_from_host)
         """
+        block = self._last_found  # mostly it is the one where the last fault was
+        if block.address <= address < block.end:
+            return block, address - block.address
         index = bisect_right(self._addresses, address) - 1
         if index >= 0:
             block = self._by_address[index]
-            if address < block.address + block.length:
+            if address < block.end:
+                self._last_found = block
                 return block, address - block.address
         detail = f"address {address:#x} is in no RAMBlock"
         raise UserfaultError("page fault", errno.EFAULT, os.strerror(errno.EFAULT), detail)

@@ -23,7 +23,7 @@ import fcntl
 import mmap
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
@@ -130,10 +130,12 @@ class UnknownEvent(NamedTuple):
 
 AnyEvent = PageFault | ForkEvent | RemapEvent | RemoveEvent | UnmapEvent | UnknownEvent
 
-_MESSAGE_SIZE: Final = abi.UFFD_MSG.size
-_UNPACK_FAULTS: Final = abi.UFFD_MSG_PAGEFAULT.iter_unpack
+MESSAGE_SIZE: Final = abi.UFFD_MSG.size
+"""bytes of a struct uffd_msg"""
+UNPACK_FAULTS: Final = abi.UFFD_MSG_PAGEFAULT.iter_unpack
+"""messages, taken as page faults → (event, flags, address, thread id) of each"""
+PAGEFAULT: Final = int(Event.PAGEFAULT)
 _UNPACK_EVENT: Final = abi.UFFD_MSG.unpack_from
-_PAGEFAULT: Final = int(Event.PAGEFAULT)
 
 
 class Userfaultfd:
@@ -321,6 +323,32 @@ class Userfaultfd:
             raise self._outcome("UFFDIO_COPY", error, _unpack_done(argument, 32), detail) from None
         return length
 
+    def copy_each(
+        self, destinations: Sequence[int], sources: Iterable[int], length: int, *, wake: bool = True
+    ) -> int:
+        """`copy` of `length` bytes for every destination and its source, one ioctl each.
+
+        For scattered pages: a loop over `copy` takes a tenth longer. Returns all bytes done;
+        the ResolveError of the first that is refused has those done up to there, and the rest
+        has not been tried.
+        """
+        fd, argument, request, pack = self._fd, self._argument, _UFFDIO_COPY, _PACK_ADDRESSES
+        _PACK_COPY(argument, 0, 0, 0, length, 0 if wake else abi.COPY_MODE_DONTWAKE, 0)
+        source = destination = 0
+        pairs = zip(destinations, sources, strict=True)
+        try:
+            for destination, source in pairs:
+                pack(argument, 0, destination, source)
+                _ioctl(fd, request, argument)
+        except OSError as error:
+            done = _unpack_done(argument, 32)
+            # Not every failure writes it: a whole length is what the one before left there.
+            done = done if 0 < done < length else 0
+            done += (len(destinations) - 1 - sum(1 for _ in pairs)) * length
+            detail = f"{destination:#x} + {length:#x} from {source:#x}"
+            raise self._outcome("UFFDIO_COPY", error, done, detail) from None
+        return len(destinations) * length
+
     def zeropage(self, start: int, length: int, *, wake: bool = True) -> int:
         """Makes missing pages present and zero. Not offered on hugetlb: copy zeros there."""
         mode = 0 if wake else abi.ZEROPAGE_MODE_DONTWAKE
@@ -389,29 +417,42 @@ class Userfaultfd:
 
         UserfaultError when the read fails or ends inside a message.
         """
+        data = self.read_messages(limit)
+        events: list[AnyEvent] = []
+        for event, flags, address, thread_id in UNPACK_FAULTS(data):
+            if event == PAGEFAULT:
+                events.append(_new(PageFault, (address, flags, thread_id)))
+            else:
+                position = len(events) * MESSAGE_SIZE
+                events.append(self.decode(data[position : position + MESSAGE_SIZE]))
+        return events
+
+    def read_messages(self, limit: int = 64) -> bytes:
+        """As `read_events`, but as the kernel gives them: each a struct uffd_msg of 32 bytes.
+
+        For who serves so many faults that an object for each is too much; every message that is
+        no page fault is given to `decode`, once.
+        """
         try:
-            data = os.read(self._fd, limit * _MESSAGE_SIZE)
+            data = os.read(self._fd, limit * MESSAGE_SIZE)
         except BlockingIOError:
-            return []
+            return b""
         except OSError as error:
             raise UserfaultError(
                 "read(userfaultfd)", error.errno or 0, error.strerror or ""
             ) from None
         size = len(data)
-        if size == 0 or size % _MESSAGE_SIZE:
-            detail = f"{size} bytes, not a multiple of {_MESSAGE_SIZE}: alignment is lost"
+        if size == 0 or size % MESSAGE_SIZE:
+            detail = f"{size} bytes, not a multiple of {MESSAGE_SIZE}: alignment is lost"
             raise UserfaultError("read(userfaultfd)", errno.EIO, "short read", detail)
-        events: list[AnyEvent] = []
-        for event, flags, address, thread_id in _UNPACK_FAULTS(data):
-            if event == _PAGEFAULT:
-                events.append(_new(PageFault, (address, flags, thread_id)))
-            else:
-                position = len(events) * _MESSAGE_SIZE
-                events.append(self._other_event(data[position : position + _MESSAGE_SIZE]))
-        return events
+        return data
 
-    def _other_event(self, raw: bytes) -> AnyEvent:
-        event, first, second, third = _UNPACK_EVENT(raw)
+    def decode(self, message: bytes) -> AnyEvent:
+        """The event of one struct uffd_msg; that of a fork opens a descriptor."""
+        event, first, second, third = _UNPACK_EVENT(message)
+        if event == PAGEFAULT:
+            [(_, flags, address, thread_id)] = UNPACK_FAULTS(message)
+            return PageFault(address, flags, thread_id)
         if event == Event.FORK:
             fd = first & 0xFFFFFFFF
             child = Userfaultfd(
@@ -424,7 +465,7 @@ class Userfaultfd:
             return RemoveEvent(first, second)
         if event == Event.UNMAP:
             return UnmapEvent(first, second)
-        return UnknownEvent(event, raw)
+        return UnknownEvent(event, message)
 
     # ---- plumbing
 
@@ -466,6 +507,7 @@ _new: Final = tuple.__new__
 _ioctl: Final = fcntl.ioctl
 _UFFDIO_COPY: Final = abi.UFFDIO_COPY
 _PACK_COPY: Final = abi.UFFDIO_COPY_STRUCT.pack_into
+_PACK_ADDRESSES: Final = abi.UFFDIO_COPY_ADDRESSES.pack_into
 _PACK_RESOLVE: Final = abi.UFFDIO_ZEROPAGE_STRUCT.pack_into
 
 

@@ -23,6 +23,7 @@ from postcopy_proto.userfault.descriptor import (
     AgainError,
     AlreadyPresentError,
     NotRegisteredError,
+    ResolveError,
     Userfaultfd,
 )
 from postcopy_proto.userfault.runs import Run, split_runs
@@ -33,6 +34,8 @@ trace = logging.getLogger("postcopy_proto.trace")
 
 STAGING_SIZE: Final = 1 << 20
 """Bytes compacted and placed by one ioctl at most, where headers stand between the pages."""
+SCATTERED: Final = 8
+"""Runs in a batch from which on it is worth while to see whether all are single pages."""
 RETRY_SECONDS: Final = 10.0
 """How long a placement is retried that makes no progress (EAGAIN: the owner is changing its
 mappings; it ends when the owner does)."""
@@ -116,6 +119,8 @@ class Placer:
         """A host page is a target page."""
         size = self._page_size
         base = address_of(data) if len(data) else 0
+        if len(runs) >= SCATTERED:
+            runs = self._place_scattered(uffd, block, data, runs)
         for offset, count, position, stride in runs:
             page = offset // size
             if position < 0:
@@ -126,6 +131,43 @@ class Placer:
                 self.fill(uffd, block, page, count, base + position)
             else:
                 self._place_strided(uffd, block, page, count, data, position, stride)
+
+    def _place_scattered(
+        self, uffd: Userfaultfd, block: GuestBlock, data: memoryview, runs: list[Run]
+    ) -> list[Run]:
+        """Single pages all over the block, as after a precopy phase; the runs still to be placed.
+
+        All of them, when they are something else, or when one has arrived before.
+        """
+        size = self._page_size
+        offsets = [run.offset for run in runs if run.pages == 1 and run.position >= 0]
+        numbers = np.array(offsets, np.intp) // size
+        last = max(run.position for run in runs) + size
+        if (
+            len(offsets) != len(runs)
+            or last > len(data)
+            or len(set(offsets)) != len(offsets)
+            or test_bits(block.received, numbers).any()
+        ):
+            return runs
+        address, base = block.address, address_of(data)
+        destinations = [address + offset for offset in offsets]
+        sources = [base + run.position for run in runs]
+        try:
+            uffd.copy_each(destinations, sources, size)
+            placed = len(runs)
+        except ResolveError as error:
+            placed = error.done // size
+        if placed:
+            set_bits(block.received, numbers[:placed])
+            statistics = self._statistics
+            statistics.placements += placed
+            statistics.pages += placed
+            for page in block.waiting.keys() & set(offsets[:placed]):
+                block.resolved(page, size, statistics)
+            if trace.isEnabledFor(logging.DEBUG):
+                trace.debug("postcopy_place_page host=%#x pages=%d", destinations[0], placed)
+        return runs[placed:]
 
     def _place_strided(
         self,
@@ -231,7 +273,10 @@ class Placer:
 
     def _placed(self, block: GuestBlock, page: int, count: int, *, zero: bool) -> None:
         """`count` target pages from `page` are there."""
-        block.received[page : page + count] = True
+        if count == 1:
+            block.received[page] = True
+        else:
+            block.received[page : page + count] = True
         statistics = self._statistics
         statistics.pages += count
         if zero:

@@ -54,20 +54,25 @@ class FaultStatistics:
     """events of later kernels, skipped"""
     waits_ns: array[int] = field(default_factory=lambda: array("Q"))
     """every finished wait, in the order of its end"""
-    by_thread: dict[int, ThreadWaits] = field(default_factory=dict)
-    """by thread id of the guest process, where the kernel tells it"""
+    waited_threads: array[int] = field(default_factory=lambda: array("L"))
+    """for each of them the thread id, 0 where the kernel does not tell it"""
 
     def add_wait(self, thread_id: int, nanoseconds: int) -> None:
         """One fault was resolved."""
         self.waits_ns.append(nanoseconds)
-        if thread_id:
-            thread = self.by_thread.get(thread_id)
-            if thread is None:
-                thread = self.by_thread[thread_id] = ThreadWaits()
-            thread.faults += 1
-            thread.total_ns += nanoseconds
-            if nanoseconds > thread.max_ns:
-                thread.max_ns = nanoseconds
+        self.waited_threads.append(thread_id)
+
+    @property
+    def by_thread(self) -> dict[int, ThreadWaits]:
+        """By thread id of the guest process, where the kernel tells it; counted when asked for."""
+        threads: dict[int, ThreadWaits] = {}
+        for thread_id, nanoseconds in zip(self.waited_threads, self.waits_ns, strict=True):
+            if thread_id:
+                thread = threads.setdefault(thread_id, ThreadWaits())
+                thread.faults += 1
+                thread.total_ns += nanoseconds
+                thread.max_ns = max(thread.max_ns, nanoseconds)
+        return threads
 
     def percentile_us(self, percent: float) -> float:
         """The wait that `percent` of all did not exceed, in µs; 0 when there was none."""

@@ -143,6 +143,64 @@ def test_pages_that_are_there_already_are_counted_and_left(
     assert region.read(0, COUNT * PAGE) == pages.tobytes()
 
 
+def test_scattered_pages_are_placed_by_themselves(backend: Backend, region: Region) -> None:
+    """As they come after a precopy phase; also when some are there, and somebody waits for one."""
+    pages = content(region.block, 61, zero_fraction=0)
+    listening(backend)
+    thread = touch(region.address + 6 * PAGE)
+    assert faults(backend) == [("ram", 6 * PAGE)]
+    backend.place(batch("ram", pages, range(0, COUNT, 2)))
+    thread.join(10)
+    assert not thread.is_alive()
+    assert len(backend.stats.waits_ns) == 1
+    assert (backend.stats.placements, backend.stats.pages) == (COUNT // 2, COUNT // 2)
+    assert backend.received["ram"].to01() == "10" * (COUNT // 2)
+    # One of these is there, though it was not placed by us; two have arrived before.
+    byte = (ctypes.c_char * PAGE).from_buffer(bytearray(pages[9].tobytes()))
+    backend._descriptor().copy(region.address + 9 * PAGE, ctypes.addressof(byte), PAGE)
+    backend.place(batch("ram", pages, range(31, 0, -2)))
+    assert backend.stats.already_present == 1
+    backend.place(batch("ram", pages, [0, 31, *range(33, COUNT, 2)]))
+    backend.place(batch("ram", pages, [*range(1, COUNT, 3)]))
+    assert backend.stats.duplicates == 2 + len(range(1, COUNT, 3))
+    assert backend.received["ram"].all()
+    backend.cleanup()
+    assert region.read(0, COUNT * PAGE) == pages.tobytes()
+
+
+def test_single_pages(backend: Backend, region: Region) -> None:
+    """`place_page`: content, zeros, a page that came before, one that the kernel has."""
+    pages = content(region.block, 62, zero_fraction=0)
+    address = pages.__array_interface__["data"][0]
+    with pytest.raises(ValueError, match="enable_notify"):
+        backend.place_page("ram", 0, address)
+    listening(backend)
+    thread = touch(region.address + 5 * PAGE)
+    assert faults(backend) == [("ram", 5 * PAGE)]
+    backend.place_page("ram", 5 * PAGE, address + 5 * PAGE)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert len(backend.stats.waits_ns) == 1
+    backend.place_page("ram", 5 * PAGE, address)
+    assert backend.stats.duplicates == 1
+    backend._descriptor().copy(region.address + PAGE, address + PAGE, PAGE)
+    backend.place_page("ram", PAGE, address)
+    assert backend.stats.already_present == 1
+    backend.place_page("ram", 2 * PAGE, None)
+    assert (backend.stats.pages, backend.stats.zero_pages) == (3, 1)
+    for offset in (1, -PAGE, COUNT * PAGE, 3 * PAGE + 8):
+        with pytest.raises(RemoteProtocolError, match="no host page") as caught:
+            backend.place_page("ram", offset, address)
+        assert caught.value.kind is ErrorKind.RANGE
+    with pytest.raises(RemoteProtocolError, match="no RAMBlock") as caught:
+        backend.place_page("other", 0, address)
+    assert caught.value.kind is ErrorKind.UNKNOWN
+    backend.cleanup()
+    expected = np.zeros_like(pages)
+    expected[[1, 5]] = pages[[1, 5]]
+    assert region.read(0, COUNT * PAGE) == expected.tobytes()
+
+
 def test_an_empty_batch_is_nothing(backend: Backend) -> None:
     none = np.zeros(0, np.uint64)
     backend.place(Pages("ram", none, none.astype(np.int64), memoryview(b"")))
@@ -318,6 +376,19 @@ def test_a_huge_page_is_placed_when_its_last_page_has_come(
     assert backend.received["huge"].all()
     backend.cleanup()
     assert region.read(0, 4 * HUGE) == pages.tobytes()
+
+
+@pytest.mark.hugetlb
+def test_single_huge_pages(huge_backend: tuple[Backend, Region]) -> None:
+    backend, region = huge_backend
+    pages = content(region.block, 63, zero_fraction=0)
+    address = pages.__array_interface__["data"][0]
+    backend.place_page("huge", HUGE, address + HUGE)
+    backend.place_page("huge", 0, None)
+    with pytest.raises(RemoteProtocolError, match="no host page"):
+        backend.place_page("huge", 2 * HUGE + PAGE, address)
+    assert backend.received["huge"].count() == 2 * HUGE // PAGE
+    assert region.read(0, 2 * HUGE) == bytes(HUGE) + pages[512:1024].tobytes()
 
 
 @pytest.mark.hugetlb

@@ -264,6 +264,48 @@ def test_a_partial_result_says_how_many_bytes_were_done(uffd: Userfaultfd, memor
     assert caught.value.done == 2 * PAGE
 
 
+def test_scattered_pages_are_copied_one_by_one(uffd: Userfaultfd, memory: Mapping) -> None:
+    uffd.register(memory.address, memory.length)
+    numbers = [5, 1, 7, 2]
+    destinations = [memory.address + number * PAGE for number in numbers]
+    sources = [source(number) for number in numbers]
+    assert uffd.copy_each(destinations, sources, PAGE) == 4 * PAGE
+    for number in numbers:
+        assert ctypes.string_at(memory.address + number * PAGE, PAGE) == bytes([number]) * PAGE
+
+
+def test_scattered_pages_end_at_the_first_that_is_refused(
+    uffd: Userfaultfd, memory: Mapping
+) -> None:
+    uffd.register(memory.address, memory.length)
+    uffd.copy(memory.address + 2 * PAGE, source(9), PAGE)
+    destinations = [memory.address + number * PAGE for number in (0, 1, 2, 3)]
+    sources = [source(number + 1) for number in range(4)]
+    with pytest.raises(AlreadyPresentError) as caught:
+        uffd.copy_each(destinations, sources, PAGE)
+    assert caught.value.done == 2 * PAGE
+    with pytest.raises(AlreadyPresentError) as caught:
+        uffd.copy_each([memory.address + 3 * PAGE] * 2, [source(4)] * 2, PAGE)
+    assert caught.value.done == PAGE, "the same page twice: the second one is refused"
+    # Refused before the kernel has looked at any page: what is left of the last call is no result.
+    with pytest.raises(ResolveError) as caught:
+        uffd.copy_each([memory.address + 4 * PAGE, 1], [source(5), source(6)], PAGE)
+    assert caught.value.done == PAGE
+    with pytest.raises(ValueError, match="shorter"):
+        uffd.copy_each(destinations, sources[:1], PAGE)
+
+
+def test_without_wake_scattered_pages_wake_nobody(uffd: Userfaultfd, memory: Mapping) -> None:
+    uffd.register(memory.address, memory.length)
+    toucher = Toucher(memory.address)
+    next_event(uffd)
+    assert uffd.copy_each([memory.address], [source(3)], PAGE, wake=False) == PAGE
+    toucher.join(0.1)
+    assert toucher.is_alive()
+    uffd.wake(memory.address, PAGE)
+    assert toucher.finish() == b"\x03" * 8
+
+
 def test_an_unregistered_range_is_an_outcome_of_its_own(uffd: Userfaultfd, memory: Mapping) -> None:
     with pytest.raises(NotRegisteredError):
         uffd.zeropage(memory.address, PAGE)
@@ -478,7 +520,19 @@ def test_fork_event_brings_the_childs_descriptor() -> None:
 
 def test_events_of_later_kernels_are_passed_through(uffd: Userfaultfd) -> None:
     raw = b"\x7f" + bytes(range(31))
-    assert uffd._other_event(raw) == UnknownEvent(0x7F, raw)
+    assert uffd.decode(raw) == UnknownEvent(0x7F, raw)
+
+
+def test_messages_are_what_events_are_made_of(uffd: Userfaultfd, memory: Mapping) -> None:
+    uffd.register(memory.address, memory.length)
+    assert uffd.read_messages() == b""
+    toucher = Toucher(memory.address + PAGE)
+    assert uffd.poll(10)
+    message = uffd.read_messages()
+    assert len(message) == descriptor.MESSAGE_SIZE
+    assert uffd.decode(message) == PageFault(memory.address + PAGE, 0, 0)
+    uffd.zeropage(memory.address + PAGE, PAGE)
+    toucher.finish()
 
 
 def test_many_faults_come_with_one_read(uffd: Userfaultfd, memory: Mapping) -> None:
