@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Restore one VM."""
     from postcopy_proto.net.incoming import IncomingQemu
-    from postcopy_proto.net.qmp import Monitor
+    from postcopy_proto.net.qmp import TIMEOUT, Monitor
     from postcopy_proto.net.transport import parse_address
 
     if args.to is None and args.qmp is None:
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         if args.qmp is None:
             deliver(args, vm, address, None)
         else:
-            with Monitor(args.qmp) as monitor:
+            with Monitor(args.qmp, timeout=min(args.timeout or TIMEOUT, TIMEOUT)) as monitor:
                 deliver(args, vm, address, IncomingQemu(monitor))
     return output.EXIT_DONE
 

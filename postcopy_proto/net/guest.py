@@ -344,7 +344,7 @@ class GuestProcess(Owner):
         except ConnectionError:
             data = b""
         if not data:
-            raise self._ended()
+            raise self.how_it_ended()
         message = json.loads(data)
         if message.get("touched"):
             # Touches end in any order; each says so itself by having no 0 left.
@@ -354,7 +354,8 @@ class GuestProcess(Owner):
         else:
             self._answers.append((message, fds))
 
-    def _ended(self) -> GuestError:
+    def how_it_ended(self) -> GuestError:
+        """The error that says so, for a guest that is known to be gone."""
         try:
             status = self._process.wait(5)
         except subprocess.TimeoutExpired:
@@ -369,7 +370,7 @@ class GuestProcess(Owner):
         try:
             socket.send_fds(self._control, [message], list(fds))
         except ConnectionError:
-            raise self._ended() from None
+            raise self.how_it_ended() from None
         except TimeoutError:
             raise GuestError(f"guest process {self.pid} does not read its commands") from None
 

@@ -10,6 +10,9 @@ from postcopy_proto.errors import ErrorKind, HostUnsupportedError, RemoteProtoco
 from postcopy_proto.net.qmp import POLL_SECONDS, Monitor, QmpError
 from postcopy_proto.net.transport import Address
 
+FAILURE_SECONDS = 3.0
+"""How long it may take to say why a migration broke: by then it has kept us waiting already."""
+
 
 class IncomingQemu:
     """A QEMU that was started with `-incoming defer`, seen from its operator's side."""
@@ -61,7 +64,7 @@ class IncomingQemu:
     def failure(self) -> str:
         """What QEMU says of a migration that broke, or "" when it says nothing."""
         try:
-            migration = self._migration()
+            migration = self._monitor.execute("query-migrate", within=FAILURE_SECONDS)
         except QmpError:
             return "QEMU answers no more; if it has ended, what it printed last says why"
         return str(migration.get("error-desc", ""))

@@ -69,12 +69,15 @@ class Monitor:
                     ) from error
             await asyncio.sleep(0.005)
 
-    def execute(self, command: str, **arguments: object) -> Any:
-        """QEMU's answer; QmpError with its words when it is an error or does not come."""
+    def execute(self, command: str, *, within: float | None = None, **arguments: object) -> Any:
+        """QEMU's answer; QmpError with its words when it is an error or does not come.
+
+        `within` is how many seconds it may take, where that is less than usual.
+        """
         from qemu.qmp import ExecInterruptedError, ExecuteError, StateError
 
         try:
-            return self._run(self._client.execute(command, arguments))
+            return self._run(self._client.execute(command, arguments), within=within)
         except ExecuteError as error:
             raise QmpError(f"QEMU refused {command}: {error}") from error
         except (ExecInterruptedError, StateError) as error:
@@ -93,8 +96,11 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, coroutine: Coroutine[Any, Any, T], advice: str = "") -> T:
+    def _run(
+        self, coroutine: Coroutine[Any, Any, T], advice: str = "", *, within: float | None = None
+    ) -> T:
+        timeout = self._timeout if within is None else min(within, self._timeout)
         try:
-            return self._loop.run_until_complete(asyncio.wait_for(coroutine, self._timeout))
+            return self._loop.run_until_complete(asyncio.wait_for(coroutine, timeout))
         except TimeoutError:
-            raise QmpError(f"QEMU did not answer within {self._timeout:g} s{advice}") from None
+            raise QmpError(f"QEMU did not answer within {timeout:g} s{advice}") from None

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from postcopy_proto.errors import Channel, PostcopyError, RemoteProtocolError
 from postcopy_proto.net.incoming import IncomingQemu
+from postcopy_proto.net.qmp import QmpError
 from postcopy_proto.net.source_loop import SourceLoop, SourceStatistics
 from postcopy_proto.net.transport import (
     Address,
@@ -85,11 +86,23 @@ def restore(
             second = connect_preempt if options.preempt else None
             statistics = Restore(vm, forward, options, on_progress, may_drain, second).run()
             if qemu is not None:
-                qemu.wait(options.silence)
+                _wait_for(qemu, options.silence)
         except RestoreError as error:
             said = qemu.failure() if qemu is not None else ""
             raise RestoreError(f"{error}. {said}" if said else str(error)) from error
     return statistics
+
+
+def _wait_for(qemu: IncomingQemu, timeout: float | None) -> None:
+    """Until it has completed the migration; RestoreError when it does not, though it has said SHUT
+    and so has all of the VM."""
+    try:
+        qemu.wait(timeout)
+    except (QmpError, RemoteProtocolError) as error:
+        raise RestoreError(
+            f"{error}. It had taken every page: look whether the VM runs there; if it does not, "
+            "the save file is as it was and can be restored again"
+        ) from error
 
 
 class Restore:

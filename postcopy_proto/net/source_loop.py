@@ -188,18 +188,24 @@ class SourceLoop:
         return bool(poll(max(0, -(-(deadline - now) // 1_000_000))))
 
     def finish(self) -> None:
-        """END and EOF, then the wait for SHUT 0."""
+        """END and EOF, then the wait for SHUT 0.
+
+        Only the word that it has loaded the VM prolongs it. Requests don't: every page has been
+        sent, and who asks on and on would keep us for ever.
+        """
         if self._urgent is not self._forward:
             # At first: with its EOF and all its pages a destination may hang up at once.
             self._push(self._urgent, memoryview(self._connection.finish_preempt()))
         self.send([self._connection.finish()])
         heard = time.monotonic()
         while self._connection.shut_status is None:
-            if self._receive():
+            loaded_at = self.statistics.loaded_at
+            received = self._receive()
+            if self.statistics.loaded_at != loaded_at:
                 heard = time.monotonic()
             elif self._silence is not None and time.monotonic() - heard > self._silence:
                 raise self._timeout("SHUT")
-            if self._connection.shut_status is None:
+            if not received and self._connection.shut_status is None:
                 self._wait(HOUSEKEEPING_MILLISECONDS)
         self.statistics.ended_at = time.monotonic()
         self._progress()
@@ -350,7 +356,7 @@ class SourceLoop:
                 channel=Channel.RETURN,
                 message=m.Shut.NAME,
             )
-        if event == m.Pong(PING_LOADED):
+        if event == m.Pong(PING_LOADED) and self.statistics.loaded_at is None:
             self.statistics.loaded_at = now / 1e9
 
     def _wait(self, milliseconds: int) -> None:

@@ -20,6 +20,7 @@ from postcopy_proto.net.guest import GuestProcess, Touch
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock
 from postcopy_proto.savefile.writer import SaveFileSink
 from postcopy_proto.userfault.backend import Backend
+from postcopy_proto.userfault.descriptor import OwnerGoneError
 from postcopy_proto.userfault.statistics import FaultStatistics
 
 COMPARE_BYTES = 1 << 20
@@ -81,7 +82,10 @@ class GuestTarget:
 
     def place(self, pages: m.Pages, channel: Channel) -> None:
         """Into the process's memory; atomically from LISTEN on."""
-        self.backend.place(pages, channel)
+        try:
+            self.backend.place(pages, channel)
+        except OwnerGoneError as error:
+            raise self.guest.how_it_ended() from error
 
     def prepare_discard(self) -> None:
         """Huge pages off, so that parts of them can be dropped."""

@@ -224,7 +224,10 @@ class SaveFileSink:
         self._closed = True
         try:
             if self._finished:
-                os.fsync(self._file)
+                try:
+                    os.fsync(self._file)
+                except OSError as error:
+                    raise self._named(error) from None
                 _sync_directory(self.path.parent)
             else:
                 self.partial.unlink(missing_ok=True)
@@ -246,7 +249,7 @@ class SaveFileSink:
                 named=slot == 0,
                 out=self._records,
             )
-            _write_at(self._file, records, block.record_at(first))
+            self._write_at(records, block.record_at(first))
 
     def _write_records(
         self, block: _Block, page: int, data: memoryview, position: int, count: int
@@ -261,14 +264,14 @@ class SaveFileSink:
             self._place_group(block, first // GROUP_PAGES)
             at = block.record_at(first)
             if at != end:
-                _write_pieces(self._file, pieces, start)
+                self._write_pieces(pieces, start)
                 pieces, start, end = [], at, at
             head = block.head(first)
             content = position + (first - page) * stride
             length = (last - first) * stride - WORD_SIZE
             pieces += [head, data[content : content + length]]
             end += len(head) + length
-        _write_pieces(self._file, pieces, start)
+        self._write_pieces(pieces, start)
 
     def _place_group(self, block: _Block, group: int) -> None:
         """Set the group's place aside, if it has none yet."""
@@ -293,8 +296,32 @@ class SaveFileSink:
                     self._write(block, first + gap, rows)
 
     def _append(self, data: bytes | memoryview) -> None:
-        _write_at(self._file, memoryview(data), self._end)
+        self._write_at(memoryview(data), self._end)
         self._end += len(data)
+
+    def _write_pieces(self, pieces: list[bytes | memoryview], offset: int) -> None:
+        size = sum(map(len, pieces))
+        if not pieces:
+            return
+        try:
+            written = os.pwritev(self._file, pieces, offset)
+        except OSError as error:
+            raise self._named(error) from None
+        if written < size:
+            self._write_at(memoryview(b"".join(pieces)), offset)
+
+    def _write_at(self, data: memoryview, offset: int) -> None:
+        written = 0
+        try:
+            while written < len(data):
+                written += os.pwrite(self._file, data[written:], offset + written)
+        except OSError as error:
+            raise self._named(error) from None
+
+    def _named(self, error: OSError) -> OSError:
+        """The error with the name of the file that can't be written: a full disk, mostly."""
+        error.filename = os.fspath(self.path if self._finished else self.partial)
+        return error
 
     def _block(self, idstr: str) -> _Block:
         try:
@@ -357,18 +384,6 @@ def _within_groups(first: int, end: int) -> Iterator[tuple[int, int]]:
         until = min((first // GROUP_PAGES + 1) * GROUP_PAGES, end)
         yield first, until
         first = until
-
-
-def _write_pieces(descriptor: int, pieces: list[bytes | memoryview], offset: int) -> None:
-    size = sum(map(len, pieces))
-    if pieces and os.pwritev(descriptor, pieces, offset) < size:
-        _write_at(descriptor, memoryview(b"".join(pieces)), offset)
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    written = 0
-    while written < len(data):
-        written += os.pwrite(descriptor, data[written:], offset + written)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -388,6 +389,26 @@ def test_the_destination_is_killed(
     error = finished(process, code=1, timeout=20)
     assert "went away" in error or "without SHUT" in error
     assert saved.path.exists()
+
+
+def test_the_destination_is_stopped(lab: Lab, saved_vms: SavedVms, qemu_binary: str) -> None:
+    """Nothing of it answers any more, its monitor neither: --timeout and a moment are all."""
+    saved = saved_vms.get(qemu_binary)
+    qemu = destination(lab, qemu_binary, saved)
+    process = postcopy(
+        "restore", saved.path, "--qmp", qemu.qmp_path, "--timeout", "3",
+        "--background-bandwidth", "1M",
+    )  # fmt: skip
+    qemu.wait_letters(2)
+    os.kill(qemu.process.pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        # At this bandwidth it takes a while until its buffers are full.
+        error = finished(process, code=1, timeout=60)
+    finally:
+        os.kill(qemu.process.pid, signal.SIGCONT)
+    assert "waited 3 s for" in error
+    assert time.monotonic() - stopped < 30
 
 
 @pytest.mark.parametrize(

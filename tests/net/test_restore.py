@@ -14,9 +14,11 @@ import pytest
 
 from postcopy_proto import messages as m
 from postcopy_proto.errors import Channel, RemoteProtocolError
+from postcopy_proto.net.incoming import IncomingQemu
+from postcopy_proto.net.qmp import QmpError
 from postcopy_proto.net.restore import Restore, RestoreError, RestoreOptions, restore
 from postcopy_proto.net.source_loop import SourceStatistics
-from postcopy_proto.net.transport import Address, TransportError
+from postcopy_proto.net.transport import Address, Listener, TransportError
 from postcopy_proto.savefile import SavedVm, open_saved_vm
 from postcopy_proto.wire import ForwardDecoder, PreemptDecoder, encode, parse_package
 from tests.savefile.streams import PAGE, SaveStreamBuilder
@@ -47,6 +49,7 @@ class Destination:
         self.events: list[m.Message] = []
         self.memory = np.full((PAGES, PAGE), 0xEE, np.uint8)
         self.arrivals = np.zeros(PAGES, int)
+        self.ended = threading.Event()
         self._then = then
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -68,6 +71,7 @@ class Destination:
                 if isinstance(event, m.Packaged):
                     self._then(self._theirs)
                 if isinstance(event, m.Eof):
+                    self.ended.set()
                     self._theirs.sendall(encode(m.Shut(0)))
                     self._theirs.shutdown(socket.SHUT_WR)
 
@@ -255,6 +259,66 @@ def test_one_that_never_says_the_end(vm: SavedVm) -> None:
     ours.close()
     reader.join(5)
     theirs.close()
+
+
+@pytest.mark.parametrize(
+    "said", [m.ReqPages(0, PAGE), m.Pong(3), m.Pong(4)], ids=["requests", "loaded", "pongs"]
+)
+def test_one_that_talks_on_and_on_and_never_says_the_end(vm: SavedVm, said: m.Message) -> None:
+    def then(sock: socket.socket) -> None:
+        sock.sendall(encode(m.ReqPagesId(0, PAGE, "pc.ram")))
+
+        def flood() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    sock.sendall(encode(said) * 100)
+
+        threading.Thread(target=flood, daemon=True).start()
+        while sock.recv(1 << 16):
+            pass
+
+    started = time.monotonic()
+    with pytest.raises(RestoreError, match=r"waited 0\.5 s for SHUT"):
+        run(vm, then, silence=0.5)
+    assert time.monotonic() - started < 10
+
+
+def test_a_qemu_that_dies_behind_its_last_page(vm: SavedVm, tmp_path: Path) -> None:
+    """After SHUT only QMP is left to say so."""
+
+    class Dying(IncomingQemu):
+        def __init__(self) -> None: ...
+
+        def listen(self, address: Address, *, preempt: bool = False) -> None: ...
+
+        def wait(self, timeout: float | None) -> None:
+            raise QmpError("QEMU went away during query-migrate")
+
+        def failure(self) -> str:
+            return "QEMU answers no more"
+
+    with Listener(Address("unix", path=str(tmp_path / "in"))) as listener:
+        destination = Destination(says(m.Pong(3)))
+
+        def relay() -> None:
+            theirs = listener.accept(5)
+            theirs.setblocking(True)
+            while data := theirs.recv(1 << 16):
+                destination.ours.sendall(data)
+                if data.endswith(encode(m.Eof())) and destination.ended.wait(0.2):
+                    theirs.sendall(encode(m.Shut(0)))
+            theirs.close()
+
+        thread = threading.Thread(target=relay, daemon=True)
+        thread.start()
+        with pytest.raises(RestoreError) as caught:
+            restore(vm, listener.address, Dying(), options=RestoreOptions(silence=5.0))
+        thread.join(10)
+        destination.close()
+    text = str(caught.value)
+    assert "went away during query-migrate. It had taken every page" in text
+    assert "can be restored again" in text
+    assert "QEMU answers no more" in text
 
 
 def test_a_save_file_that_shrinks(vm: SavedVm, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +169,20 @@ def test_pages_outside_are_refused(tmp_path: Path, block: str, pages: list[int])
     with pytest.raises(ValueError, match=block):
         sink.discard(block, pages[-1] * PAGE, PAGE)
     sink.close()
+
+
+@pytest.mark.parametrize("stride", [PAGE, PAGE + 8], ids=["by groups", "as records"])
+def test_a_file_that_cannot_grow_is_named(tmp_path: Path, stride: int) -> None:
+    """A full disk, or here the process's limit for files; nothing is left behind."""
+    content = np.random.default_rng(9).integers(1, 256, (500, PAGE), np.uint8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sink = sink_at(tmp_path / "vm")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * PAGE, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            sink.place(batch("pc.ram", list(range(500)), content, stride))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sink.close()
+    assert caught.value.filename == str(tmp_path / "vm.partial")
+    assert list(tmp_path.iterdir()) == []
