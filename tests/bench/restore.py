@@ -1,6 +1,6 @@
 """`postcopy restore` against what stock QEMU does itself, pair by pair.
 
-    python -m tests.bench.restore [--sizes 128,1024,4096] [--pairs N] [--qemu PATH] [--json]
+    python -m tests.bench.restore [--sizes 128,1024,4096] [--pairs N] [--qemu PATH]
 
 first output    from connecting to the guest's first letter at the destination, the index cached,
                 against an ordinary load of the same file (-incoming exec:cat) in the same run
