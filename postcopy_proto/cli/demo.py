@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from postcopy_proto.cli import output
 from postcopy_proto.cli.arguments import size
+from postcopy_proto.cli.faults import print_waits
 
 if TYPE_CHECKING:
     from postcopy_proto.cli.main import Subparsers
@@ -84,7 +85,7 @@ def document(result: DemoResult) -> dict[str, Any]:
         "discard_ranges": statistics.discard_ranges,
         "faults": result.faults.faults,
         "requests": statistics.requests,
-        "fault_latency_us": result.faults.latency_us(),
+        **result.faults.document(),
         "seconds": round(seconds, 6),
         "gigabytes_per_second": round(statistics.bytes / seconds / 1e9, 3),
     }
@@ -118,6 +119,7 @@ def _print(result: DemoResult) -> None:
         ("this host", f"userfaultfd: {result.probe.mode}"),
     ]
     output.print_table("postcopy demo", ("", ""), rows)
+    print_waits(faults)
 
 
 @contextmanager

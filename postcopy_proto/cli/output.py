@@ -34,6 +34,8 @@ EXIT_INTERRUPTED = 130
 
 _HOST_ERRNOS = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS})
 _PIPE_WIDTH = 160
+HISTOGRAM_WIDTH = 40
+"""characters of the longest bar"""
 
 
 def print_json(document: object) -> None:
@@ -70,6 +72,21 @@ def print_table(
         # Names come from peers: Text keeps square brackets in them from becoming markup.
         table.add_row(*(Text(printable(cell)) for cell in row))
     stdout_console().print(table)
+
+
+def print_histogram(title: str, unit: str, rows: Sequence[tuple[int, int]]) -> None:
+    """Counts by upper bound in µs, each with a bar; `unit` is what is counted. None: nothing."""
+    most = max((count for _, count in rows), default=0)
+    if most:
+        print_table(
+            title,
+            ("up to us", unit, ""),
+            [
+                (f"{up_to:,}", f"{count:,}", "#" * -(-HISTOGRAM_WIDTH * count // most))
+                for up_to, count in rows
+            ],
+            right=(0, 1),
+        )
 
 
 def stdout_console() -> Console:

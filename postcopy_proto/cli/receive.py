@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from postcopy_proto.cli import output
 from postcopy_proto.cli.arguments import block_page_size
+from postcopy_proto.cli.faults import print_waits
 
 if TYPE_CHECKING:
     from postcopy_proto.cli.main import Subparsers
@@ -142,8 +143,7 @@ def document(
     if guest is not None and guest.touch is not None:
         figures["touched"] = len(guest.touch)
         figures["faults"] = guest.statistics.faults
-        figures["fault_latency_us"] = guest.statistics.latency_us()
-        figures["fault_latency_histogram"] = guest.statistics.histogram()
+        figures |= guest.statistics.document()
     return figures
 
 
@@ -195,6 +195,8 @@ def _print(
         )
         lines.append("what the process sees is what the file holds")
     sys.stdout.write("\n".join(lines) + "\n")
+    if guest is not None and guest.touch is not None:
+        print_waits(guest.statistics)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import Any
 
 HISTOGRAM_BUCKETS = 32
 
@@ -107,3 +108,20 @@ class FaultStatistics:
         while buckets and buckets[-1] == 0:
             buckets.pop()
         return buckets
+
+    def document(self) -> dict[str, Any]:
+        """The waits as `--json` prints them: `fault_latency_us`, `fault_latency_histogram` and
+        `fault_threads`, the latter with what QEMU calls a vCPU's blocktime as `total_us`."""
+        return {
+            "fault_latency_us": self.latency_us(),
+            "fault_latency_histogram": self.histogram(),
+            "fault_threads": [
+                {
+                    "thread_id": thread_id,
+                    "faults": waits.faults,
+                    "total_us": round(waits.total_ns / 1000, 1),
+                    "max_us": round(waits.max_ns / 1000, 1),
+                }
+                for thread_id, waits in sorted(self.by_thread.items())
+            ],
+        }

@@ -42,6 +42,12 @@ def check(document: dict[str, Any], size: int) -> None:
     assert document["requests"] > 0
     assert document["discard_ranges"] > document["discard_commands"] > 0
     assert 0 < document["fault_latency_us"]["p50"] <= document["fault_latency_us"]["max"]
+    waits = sum(document["fault_latency_histogram"])
+    assert waits == sum(thread["faults"] for thread in document["fault_threads"])
+    assert 0 < waits <= document["faults"]
+    for thread in document["fault_threads"]:
+        assert thread["thread_id"] > 0
+        assert 0 < thread["max_us"] <= thread["total_us"]
     assert document["seconds"] > 0
     assert document["gigabytes_per_second"] > 0
 
@@ -69,7 +75,16 @@ def test_without_privileges() -> None:
 def test_text() -> None:
     finished = subprocess.run([*COMMAND, "--size", "8M"], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    for word in ("verified", "faults", "discards", "fault latency", "GB/s", "userfaultfd"):
+    for word in (
+        "verified",
+        "faults",
+        "discards",
+        "fault latency",
+        "GB/s",
+        "userfaultfd",
+        "how long",
+        "####",
+    ):
         assert word in finished.stdout
     assert finished.stderr == ""
 

@@ -60,6 +60,8 @@ def test_with_real_faults(lab: Lab, qemu_binary: str, transport: str, repeat: in
     assert result["machine"] == "pc-i440fx-5.2"
     assert result["requests"] > 0
     assert result["touched"] == 200
+    assert sum(result["fault_latency_histogram"]) == result["faults"] > 0
+    assert sum(thread["faults"] for thread in result["fault_threads"]) == result["faults"]
     assert result["discard_ranges"] > 0
     assert result["duplicates"] == 0
     assert result["blocks"]["pc.ram"]["length"] == 64 * MIB

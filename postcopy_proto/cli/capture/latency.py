@@ -247,13 +247,5 @@ def show(document: dict[str, Any]) -> None:
         ),
         right=(1, 2, 3, 5, 6),
     )
-    most = max(row["count"] for row in document["histogram"])
-    output.print_table(
-        "Histogram",
-        ("up to us", "requests", ""),
-        (
-            (f"{row['up_to_us']:,}", f"{row['count']:,}", "#" * -(-40 * row["count"] // most))
-            for row in document["histogram"]
-        ),
-        right=(0, 1),
-    )
+    rows = [(row["up_to_us"], row["count"]) for row in document["histogram"]]
+    output.print_histogram("Histogram", "requests", rows)
