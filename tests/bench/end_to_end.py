@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import mmap
 import os
 import socket
 import statistics
@@ -40,6 +39,7 @@ from postcopy_proto.ramblock import RAMBlock
 from postcopy_proto.source import SourceConnection
 from postcopy_proto.userfault.backend import Backend
 from postcopy_proto.userfault.region import Region
+from tests.bench.memory import warm
 
 MIB = 1 << 20
 C_SOURCE = Path(__file__).with_name("postcopy_pair.c")
@@ -134,12 +134,6 @@ def reference(program: Path, size: int) -> float:
         subprocess.run([program, "send", str(port), str(size)], check=True)
         out, _ = receiver.communicate(timeout=120)
     return size / float(out) / 1e9
-
-
-def warm(size: int) -> None:
-    with mmap.mmap(-1, size) as memory:
-        for at in range(0, size, 4096):
-            memory[at] = 1
 
 
 def main() -> int:

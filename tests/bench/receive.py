@@ -17,13 +17,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.bench.memory import warm
 from tests.interop.guest import MIB, Guest
 from tests.interop.qemu import Lab, Qemu, binaries, version_of
 from tests.interop.receive import Receiver
 
 
 def send(source: Qemu, address: str) -> dict[str, Any]:
-    """Migrate away, postcopy from the first page; the source's account of it."""
+    """Migrate away, postcopy from the first page; the source's account of it.
+
+    What the destination takes, RAM or page cache, is warmed right before.
+    """
+    warm(source.memory_bytes)
     source.capabilities(postcopy_ram=True)
     source.parameters(max_bandwidth=100_000, downtime_limit=1)
     source.migrate(address)
