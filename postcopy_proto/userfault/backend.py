@@ -23,7 +23,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NoReturn
 
 from bitarray import bitarray
@@ -244,21 +244,92 @@ class Backend:
         """
         uffd = self._descriptor()
         self._serving_thread = threading.get_ident()
-        requests, self._wanted = self._wanted, []
         kept, self._kept = self._kept, b""
         messages = kept or uffd.read_messages(_EVENTS)
         while messages:
             now, position = time.perf_counter_ns(), 0
             for event, _, address, thread_id in UNPACK_FAULTS(messages):
-                if event == PAGEFAULT:
-                    self._fault(address, thread_id, now, requests)
-                else:
-                    self._other_event(uffd.decode(messages[position : position + MESSAGE_SIZE]))
                 position += MESSAGE_SIZE
+                if event == PAGEFAULT:
+                    self._fault(address, thread_id, now)
+                else:
+                    self._other_event(uffd.decode(messages[position - MESSAGE_SIZE : position]))
             if position < _EVENTS * MESSAGE_SIZE and not kept:
                 break
             kept, messages = b"", uffd.read_messages(_EVENTS)
+        requests, self._wanted = self._wanted, []
         return requests
+
+    def answering(self, sources: Mapping[str, int]) -> Callable[[], int]:
+        """A function that places every page waited for, from memory of this process.
+
+        `sources` has for each block the address of its bytes, all of them: a mapped file of the
+        VM's RAM, mostly. Each call drains the events that wait, answers them and what `want` asked
+        for, and returns how many host pages it placed. It does what `read_faults` and `place_page`
+        do, without the parts that only matter while a page is on its way. It is made once, by the
+        thread that calls it, and keeps at hand what it needs: a vCPU waits for every step.
+        Errors as for both; ValueError for a block without a source, and before `enable_notify`.
+        """
+        if missing := [block.idstr for block in self._blocks if block.idstr not in sources]:
+            raise ValueError(f"no source for {', '.join(missing)}")
+        uffd, blocks, stats, size = self._descriptor(), self._blocks, self.stats, self._page_size
+        copy, clock, read = uffd.copy, time.perf_counter_ns, uffd.read_messages
+        waits, threads = stats.waits_ns.append, stats.waited_threads.append
+        block = next(iter(blocks))  # where the last fault was, and the next one mostly is
+        self._serving_thread = threading.get_ident()
+
+        def answer() -> int:
+            nonlocal block
+            answered = 0
+            if self._kept or self._wanted:
+                answered = self._answer_kept(sources)
+            messages = read(_EVENTS)
+            while messages:
+                now, position = clock(), 0
+                for event, _, address, thread_id in UNPACK_FAULTS(messages):
+                    position += MESSAGE_SIZE
+                    if event != PAGEFAULT:
+                        self._other_event(uffd.decode(messages[position - MESSAGE_SIZE : position]))
+                        continue
+                    if not block.address <= address < block.end:
+                        block, _ = blocks.at(address)
+                    host = block.host_page_size
+                    offset = (address - block.address) & -host
+                    page = offset // size
+                    if block.received[page]:
+                        self._answer_received(block, offset)
+                    else:
+                        answered += 1
+                        source = sources[block.idstr] + offset
+                        try:
+                            # Huge pages, and pages that `want` asked for, are not for here.
+                            done = host == size and not block.waiting
+                            if done:
+                                copy(block.address + offset, source, host)
+                        except ResolveError:
+                            done = False
+                        if done:
+                            block.received[page] = 1
+                            stats.placements += 1
+                            stats.pages += 1
+                        else:
+                            self._place_one(block, offset, source)
+                    waits(clock() - now)
+                    threads(thread_id)
+                stats.faults += position // MESSAGE_SIZE
+                if position < _EVENTS * MESSAGE_SIZE:
+                    break
+                messages = read(_EVENTS)
+            return answered
+
+        return answer
+
+    def _answer_kept(self, sources: Mapping[str, int]) -> int:
+        """Places what `want` asked for and what was read in the middle of a placement."""
+        requests = self.read_faults()
+        for idstr, offset in requests:
+            self.place_page(idstr, offset, sources[idstr] + offset)
+        return len(requests)
 
     def want(self, block: str, start: int, length: int) -> int:
         """Asks for the missing host pages of a range as if the guest had touched them.
@@ -278,9 +349,7 @@ class Backend:
         """Byte offsets of the host pages of a range that have not arrived."""
         return self._blocks.named(block, "missing").missing(start, length)
 
-    def _fault(
-        self, address: int, thread_id: int, now: int, requests: list[tuple[str, int]]
-    ) -> None:
+    def _fault(self, address: int, thread_id: int, now: int) -> None:
         stats = self.stats
         stats.faults += 1
         block, offset = self._blocks.at(address)
@@ -295,7 +364,7 @@ class Backend:
             return
         block.waiting[host_page] = [(thread_id, now)]
         stats.requested += 1
-        requests.append((block.idstr, host_page))
+        self._wanted.append((block.idstr, host_page))
         if self._tracing:
             trace.debug(
                 "postcopy_ram_fault_thread_request Request for HVA=%#x rb=%s offset=%#x",
@@ -424,31 +493,35 @@ class Backend:
         target, uffd = self._blocks.by_name.get(block), self._uffd
         if target is None or uffd is None:
             self._refuse_page(block, offset)
-        host, page = target.host_page_size, offset // target.page_size
-        if offset % host or not 0 <= offset < target.length:
+        if offset % target.host_page_size or not 0 <= offset < target.length:
             self._refuse_page(block, offset)
-        received = target.received
-        if source is None or received[page] or host != target.page_size:
-            self._placer.fill(uffd, target, page, host // target.page_size, source)
+        self._place_one(target, offset, source)
+
+    def _place_one(self, block: GuestBlock, offset: int, source: int | None) -> None:
+        """What `fill` does, for the one page that a vCPU waits for. Where anything is unusual, it
+        is asked after all."""
+        uffd, host, received = self._uffd, block.host_page_size, block.received
+        page = offset // block.page_size
+        assert uffd is not None
+        if source is None or received[page] or host != block.page_size:
+            self._placer.fill(uffd, block, page, host // block.page_size, source)
             return
-        # From here on what `fill` does, for the one page that a vCPU waits for. Where anything
-        # is unusual, it is asked after all.
         try:
-            uffd.copy(target.address + offset, source, host)
+            uffd.copy(block.address + offset, source, host)
         except ResolveError:
-            self._placer.fill(uffd, target, page, 1, source)
+            self._placer.fill(uffd, block, page, 1, source)
             return
         received[page] = 1
         stats = self.stats
         stats.placements += 1
         stats.pages += 1
-        waiters = target.waiting.pop(offset, None)
+        waiters = block.waiting.pop(offset, None)
         if waiters is not None:
             now = time.perf_counter_ns()
             for thread_id, since in waiters:
                 stats.add_wait(thread_id, now - since)
         if self._tracing:
-            trace.debug("postcopy_place_page host=%#x pages=1", target.address + offset)
+            trace.debug("postcopy_place_page host=%#x pages=1", block.address + offset)
 
     def _place_single(self, pages: Pages) -> bool:
         """A batch of one target page that is a host page; False when it is something else."""

@@ -264,6 +264,20 @@ def serve_by_backend(uffd: Userfaultfd, pid: int, base: int, data: NDArray[np.ui
     backend.enable_notify()
     poll = select.poll()
     poll.register(backend.fileno(), select.POLLIN)
+    answer, served = backend.answering({"ram": data.ctypes.data}), 0
+    while served < FAULTS:
+        poll.poll()
+        served += answer()
+    backend.cleanup()
+
+
+def serve_by_requests(uffd: Userfaultfd, pid: int, base: int, data: NDArray[np.uint8]) -> None:
+    """The same in two steps, as for pages that are elsewhere."""
+    region = Region(RAMBlock("ram", FAULTS * PAGE), base, GuestOwner(pid, uffd))
+    backend = Backend([region])
+    backend.enable_notify()
+    poll = select.poll()
+    poll.register(backend.fileno(), select.POLLIN)
     source = data.ctypes.data
     while backend.stats.pages < FAULTS:
         poll.poll()
@@ -292,6 +306,7 @@ def serve_by_batches(uffd: Userfaultfd, pid: int, base: int, data: NDArray[np.ui
 HANDLERS: dict[str, Handler] = {
     "descriptor": serve_by_descriptor,
     "backend": serve_by_backend,
+    "requests": serve_by_requests,
     "batches of one": serve_by_batches,
 }
 

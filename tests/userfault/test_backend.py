@@ -10,7 +10,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +337,69 @@ def test_the_fault_loop_quits_before_it_serves(backend: Backend, region: Region)
     os.close(quit_fd)
 
 
+def answer_until(answer: Callable[[], int], thread: threading.Thread) -> int:
+    """Answers until that thread has its page; how many pages that took."""
+    answered, deadline = 0, time.monotonic() + 10
+    while thread.is_alive() and time.monotonic() < deadline:
+        answered += answer()
+    assert not thread.is_alive()
+    return answered
+
+
+def test_faults_answered_from_memory_at_hand(region: Region) -> None:
+    """Two blocks, several threads, a page dropped by the guest, pages that were asked for."""
+    other = Region.create(RAMBlock("other", COUNT * PAGE))
+    pages = {name: content(region.block, seed, 0) for seed, name in ((64, "ram"), (65, "other"))}
+    sources = {name: rows.__array_interface__["data"][0] for name, rows in pages.items()}
+    backend = Backend([region, other], user_mode_only=True)
+    backend.incoming_init()
+    with pytest.raises(ValueError, match="enable_notify"):
+        backend.answering(sources)
+    listening(backend)
+    with pytest.raises(ValueError, match="no source for other"):
+        backend.answering({"ram": sources["ram"]})
+    answer = backend.answering(sources)
+    assert answer() == 0
+    for number, owner in ((3, region), (40, other), (4, region)):
+        assert answer_until(answer, touch(owner.address + number * PAGE + 8)) == 1
+    assert len(backend.stats.waits_ns) == backend.stats.faults == 3
+    assert backend.want("ram", 10 * PAGE, 2 * PAGE) == 2
+    assert answer() == 2
+    assert backend.want("ram", 0, 16 * PAGE) == 12, "3, 4, 10 and 11 are there"
+    thread = touch(other.address + 41 * PAGE)
+    assert answer_until(answer, thread) == 13
+    assert region.read(0, 16 * PAGE) == pages["ram"][:16].tobytes()
+    dropper = threading.Thread(target=lambda: region.mapping.discard(0, PAGE), daemon=True)
+    dropper.start()
+    answer_until(answer, dropper)
+    answer_until(answer, touch(region.address))
+    assert region.read(0, PAGE) == bytes(PAGE)
+    # There already, though not through us: whoever waits is woken.
+    address = sources["ram"]
+    backend._descriptor().copy(region.address + 50 * PAGE, address, PAGE, wake=False)
+    backend.want("ram", 50 * PAGE, PAGE)
+    assert answer() == 1
+    assert backend.stats.already_present == 1
+    backend.cleanup()
+    assert region.read(20 * PAGE, PAGE) == bytes(PAGE)
+    other.close()
+
+
+def test_faults_kept_in_the_middle_of_a_placement_are_answered_too(
+    backend: Backend, region: Region
+) -> None:
+    pages = content(region.block, 66, 0)
+    listening(backend)
+    answer = backend.answering({"ram": pages.__array_interface__["data"][0]})
+    thread = touch(region.address + 9 * PAGE)
+    deadline = time.monotonic() + 10
+    while not backend._kept and time.monotonic() < deadline:
+        backend._collect_events()
+    assert thread.is_alive()
+    assert answer_until(answer, thread) == 1
+    assert backend.stats.faults == 1
+
+
 # ---- host pages bigger than target pages
 
 
@@ -389,6 +452,18 @@ def test_single_huge_pages(huge_backend: tuple[Backend, Region]) -> None:
         backend.place_page("huge", 2 * HUGE + PAGE, address)
     assert backend.received["huge"].count() == 2 * HUGE // PAGE
     assert region.read(0, 2 * HUGE) == bytes(HUGE) + pages[512:1024].tobytes()
+
+
+@pytest.mark.hugetlb
+def test_huge_pages_answered_from_memory_at_hand(
+    huge_backend: tuple[Backend, Region],
+) -> None:
+    backend, region = huge_backend
+    pages = content(region.block, 67, zero_fraction=0)
+    answer = backend.answering({"huge": pages.__array_interface__["data"][0]})
+    assert answer_until(answer, touch(region.address + HUGE + 5 * PAGE)) == 1
+    assert backend.received["huge"].count() == HUGE // PAGE
+    assert region.read(HUGE, HUGE) == pages[512:1024].tobytes()
 
 
 @pytest.mark.hugetlb
