@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from postcopy_proto.examples import destination, source
+from postcopy_proto.examples import destination, handler, source
 
 
-@pytest.mark.parametrize("module", [source, destination])
+@pytest.mark.parametrize("module", [source, destination, handler])
 def test_under_100_lines(module) -> None:
     assert len(Path(module.__file__).read_text().splitlines()) < 100
 

@@ -1,1 +1,1 @@
-"""A source and a destination of one's own; run by the tests, meant to be copied."""
+"""Source, destination, page fault handler of one's own; run by the tests, meant to be copied."""

@@ -9,17 +9,21 @@ import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 
 from postcopy_proto.errors import ErrorKind, RemoteProtocolError, UserfaultError
+from postcopy_proto.examples import handler
 from postcopy_proto.net.handover import (
     REGIONS_MAX,
     HandedRegion,
@@ -142,6 +146,56 @@ def test_a_vmm_is_served_from_its_empty_memory_on() -> None:
         assert backend.stats.requested == 2 * COUNT
         assert backend.stats.removed == 1
         backend.cleanup()
+
+
+def memory_file(folder: Path) -> Path:
+    pages = [content(RAMBlock("ram", COUNT * PAGE), i) for i in (0, 1)]
+    path = folder / "memory"
+    path.write_bytes(b"".join(rows.tobytes() for rows in pages))
+    return path
+
+
+def test_the_example_handler_serves_a_vmm_from_a_file(tmp_path: Path) -> None:
+    with started_vmm() as (pid, connection), receive_handover(connection) as handover:
+        backend = handler.serve(handover, memory_file(tmp_path))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert backend.stats.pages == 2 * COUNT
+    assert backend.stats.removed == 1
+
+
+def test_the_example_handler_as_a_program(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    command = [sys.executable, "-m", "postcopy_proto.examples.handler", path, memory_file(tmp_path)]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(path))
+                status = vmm(connection, wait_for_end=False)
+        finally:
+            os._exit(status)
+    # Whether it is served or not, it ends: the handler kills a VMM that it can't serve.
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    out, _ = serving.communicate(timeout=30)
+    assert serving.returncode == 0
+    assert out.startswith(f"{2 * COUNT} pages placed; a fault took ")
+
+
+def test_the_example_handler_ends_a_vmm_whose_file_is_too_short(tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    short.write_bytes(bytes(PAGE))
+    with started_vmm(wait_for_end=True) as (pid, connection):
+        with (
+            receive_handover(connection) as handover,
+            pytest.raises(ValueError, match="has 4,096 bytes"),
+        ):
+            handler.serve(handover, short)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
 def test_handed_over_memory_cannot_be_dropped_from_here() -> None:
