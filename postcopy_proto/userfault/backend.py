@@ -275,6 +275,7 @@ class Backend:
         uffd, blocks, stats, size = self._descriptor(), self._blocks, self.stats, self._page_size
         copy, clock, read = uffd.copy, time.perf_counter_ns, uffd.read_messages
         waits, threads = stats.waits_ns.append, stats.waited_threads.append
+        tracing = self._tracing
         block = next(iter(blocks))  # where the last fault was, and the next one mostly is
         self._serving_thread = threading.get_ident()
 
@@ -312,6 +313,8 @@ class Backend:
                             block.received[page] = 1
                             stats.placements += 1
                             stats.pages += 1
+                            if tracing:
+                                trace.debug("postcopy_place_page host=%#x pages=1", address & -host)
                         else:
                             self._place_one(block, offset, source)
                     waits(clock() - now)

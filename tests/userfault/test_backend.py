@@ -385,6 +385,21 @@ def test_faults_answered_from_memory_at_hand(region: Region) -> None:
     other.close()
 
 
+def test_answers_are_traced(region: Region, caplog: pytest.LogCaptureFixture) -> None:
+    pages = content(region.block, 68, 0)
+    with caplog.at_level(logging.DEBUG, "postcopy_proto.trace"):
+        backend = Backend([region], user_mode_only=True)
+        listening(backend)
+        answer = backend.answering({"ram": pages.__array_interface__["data"][0]})
+        answer_until(answer, touch(region.address + 7 * PAGE))
+        backend.place_page("ram", 8 * PAGE, pages.__array_interface__["data"][0])
+    placed = [m for m in caplog.messages if m.startswith("postcopy_place_page ")]
+    assert placed == [
+        f"postcopy_place_page host={region.address + page * PAGE:#x} pages=1" for page in (7, 8)
+    ]
+    backend.cleanup()
+
+
 def test_faults_kept_in_the_middle_of_a_placement_are_answered_too(
     backend: Backend, region: Region
 ) -> None:
