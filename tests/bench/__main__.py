@@ -95,6 +95,8 @@ def receive_figures(document: Document) -> Iterator[Figure]:
 
 def restore_figures(document: Document) -> Iterator[Figure]:
     for name, row in document.items():
+        if name == "qemu":
+            continue
         if name.startswith("first output"):
             yield Figure(f"restore, {name}, ms", row["lazy_ms"], 60, at_most=True)
             if "1024" in name:
