@@ -474,8 +474,10 @@ class Backend:
         the owner has gone. (postcopy_place_page, postcopy_place_page_zero)
         """
         self._check_not_ended()
-        if len(pages) == 1 and self._uffd is not None and self._place_single(pages):
-            return
+        if self._uffd is not None:
+            if len(pages) == 1 and self._place_single(pages):
+                return
+            pages = self._placer.place_scattered(self._uffd, pages)
         if len(pages) == 0:
             return
         block, runs = self._placer.check(pages, channel)

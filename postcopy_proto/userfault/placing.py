@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -35,7 +36,7 @@ trace = logging.getLogger("postcopy_proto.trace")
 STAGING_SIZE: Final = 1 << 20
 """Bytes compacted and placed by one ioctl at most, where headers stand between the pages."""
 SCATTERED: Final = 8
-"""Runs in a batch from which on it is worth while to see whether all are single pages."""
+"""Pages in a batch from which on it is worth while to see whether they are single ones."""
 RETRY_SECONDS: Final = 10.0
 """How long a placement is retried that makes no progress (EAGAIN: the owner is changing its
 mappings; it ends when the owner does)."""
@@ -104,6 +105,49 @@ class Placer:
             block.region.write(offsets[written], sources, self._page_size)
         set_bits(block.received, numbers)
 
+    def place_scattered(self, uffd: Userfaultfd, pages: Pages) -> Pages:
+        """Postcopy: single pages all over a block, as after a precopy phase; what is left to do.
+
+        All of the batch, when it is something else: runs, zero pages, a page that came before or
+        twice, one that is none. Nothing is refused here.
+        """
+        block, size = self._blocks.by_name.get(pages.block), self._page_size
+        offsets, positions = pages.offsets, pages.positions
+        if len(pages) < SCATTERED or int(offsets[1]) - int(offsets[0]) == size:
+            return pages
+        if block is None or not block.host_page_size == pages.page_size == size:
+            return pages
+        numbers = (offsets // np.uint64(size)).astype(np.intp)
+        ordered = np.sort(numbers)
+        steps = np.diff(ordered)
+        if (
+            ordered[-1] >= len(block.received)
+            or (offsets % np.uint64(size)).any()
+            or steps.min() == 0
+            or np.count_nonzero(np.diff(numbers) == 1) * 4 > len(numbers)
+            or positions.min() < 0
+            or int(positions.max()) + size > len(pages.data)
+            or test_bits(block.received, numbers).any()
+        ):
+            return pages
+        destinations = (numbers * size + block.address).tolist()
+        try:
+            uffd.copy_each(destinations, (positions + _address_of(pages)).tolist(), size)
+            placed = len(destinations)
+        except ResolveError as error:
+            placed = error.done // size
+        if placed:
+            set_bits(block.received, numbers[:placed])
+            statistics = self._statistics
+            statistics.placements += placed
+            statistics.pages += placed
+            if block.waiting:
+                for page in block.waiting.keys() & set((numbers[:placed] * size).tolist()):
+                    block.resolved(page, size, statistics)
+            if trace.isEnabledFor(logging.DEBUG):
+                trace.debug("postcopy_place_page host=%#x pages=%d", destinations[0], placed)
+        return replace(pages, offsets=offsets[placed:], positions=positions[placed:], named=False)
+
     def place(
         self, uffd: Userfaultfd, block: GuestBlock, pages: Pages, runs: list[Run], channel: Channel
     ) -> None:
@@ -119,8 +163,6 @@ class Placer:
         """A host page is a target page."""
         size = self._page_size
         base = address_of(data) if len(data) else 0
-        if len(runs) >= SCATTERED:
-            runs = self._place_scattered(uffd, block, data, runs)
         for offset, count, position, stride in runs:
             page = offset // size
             if position < 0:
@@ -131,43 +173,6 @@ class Placer:
                 self.fill(uffd, block, page, count, base + position)
             else:
                 self._place_strided(uffd, block, page, count, data, position, stride)
-
-    def _place_scattered(
-        self, uffd: Userfaultfd, block: GuestBlock, data: memoryview, runs: list[Run]
-    ) -> list[Run]:
-        """Single pages all over the block, as after a precopy phase; the runs still to be placed.
-
-        All of them, when they are something else, or when one has arrived before.
-        """
-        size = self._page_size
-        offsets = [run.offset for run in runs if run.pages == 1 and run.position >= 0]
-        numbers = np.array(offsets, np.intp) // size
-        last = max(run.position for run in runs) + size
-        if (
-            len(offsets) != len(runs)
-            or last > len(data)
-            or len(set(offsets)) != len(offsets)
-            or test_bits(block.received, numbers).any()
-        ):
-            return runs
-        address, base = block.address, address_of(data)
-        destinations = [address + offset for offset in offsets]
-        sources = [base + run.position for run in runs]
-        try:
-            uffd.copy_each(destinations, sources, size)
-            placed = len(runs)
-        except ResolveError as error:
-            placed = error.done // size
-        if placed:
-            set_bits(block.received, numbers[:placed])
-            statistics = self._statistics
-            statistics.placements += placed
-            statistics.pages += placed
-            for page in block.waiting.keys() & set(offsets[:placed]):
-                block.resolved(page, size, statistics)
-            if trace.isEnabledFor(logging.DEBUG):
-                trace.debug("postcopy_place_page host=%#x pages=%d", destinations[0], placed)
-        return runs[placed:]
 
     def _place_strided(
         self,

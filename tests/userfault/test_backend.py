@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -21,7 +22,7 @@ from postcopy_proto.messages import Pages
 from postcopy_proto.ramblock import RAMBlock
 from postcopy_proto.userfault import placing, syscalls
 from postcopy_proto.userfault.backend import Backend
-from postcopy_proto.userfault.descriptor import NoMemoryLeftError
+from postcopy_proto.userfault.descriptor import AlreadyPresentError, NoMemoryLeftError
 from postcopy_proto.userfault.loop import serve_faults
 from postcopy_proto.userfault.mapping import Backing
 from postcopy_proto.userfault.region import Region, ThisProcess
@@ -164,6 +165,36 @@ def test_scattered_pages_are_placed_by_themselves(backend: Backend, region: Regi
     backend.place(batch("ram", pages, [*range(1, COUNT, 3)]))
     assert backend.stats.duplicates == 2 + len(range(1, COUNT, 3))
     assert backend.received["ram"].all()
+    backend.cleanup()
+    assert region.read(0, COUNT * PAGE) == pages.tobytes()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_batches_of_any_shape_end_in_the_same_memory(region: Region, seed: int) -> None:
+    """Scattered, contiguous and zero pages, some of them again, some there already."""
+    rng = np.random.default_rng(seed)
+    pages = content(region.block, seed, zero_fraction=[0, 0.1][seed % 2])
+    address = pages.__array_interface__["data"][0]
+    backend = Backend([region], user_mode_only=True)
+    backend.incoming_init()
+    listening(backend)
+    sent = 0
+    while not backend.received["ram"].all():
+        count = int(rng.integers(1, 24))
+        numbers = np.sort(rng.choice(COUNT, count, replace=False))
+        if rng.random() < 0.5:
+            rng.shuffle(numbers)
+        if rng.random() < 0.3:
+            number = int(rng.integers(COUNT))
+            with contextlib.suppress(AlreadyPresentError):
+                backend._descriptor().copy(
+                    region.address + number * PAGE, address + number * PAGE, PAGE
+                )
+        backend.place(batch("ram", pages, numbers.tolist(), PAGE + 8 * int(rng.integers(3))))
+        sent += count
+    stats = backend.stats
+    assert stats.pages == COUNT
+    assert stats.pages + stats.duplicates == sent
     backend.cleanup()
     assert region.read(0, COUNT * PAGE) == pages.tobytes()
 
