@@ -48,6 +48,7 @@ from postcopy_proto.userfault.descriptor import (
     ResolveError,
     UnmapEvent,
     Userfaultfd,
+    short_read,
 )
 from postcopy_proto.userfault.placing import Placer
 from postcopy_proto.userfault.region import Region
@@ -275,7 +276,7 @@ class Backend:
         uffd, blocks, stats, size = self._descriptor(), self._blocks, self.stats, self._page_size
         copy, clock, read = uffd.copy, time.perf_counter_ns, uffd.read_messages
         waits, threads = stats.waits_ns.append, stats.waited_threads.append
-        tracing = self._tracing
+        tracing, fd = self._tracing, uffd.fileno()
         block = next(iter(blocks))  # where the last fault was, and the next one mostly is
         self._serving_thread = threading.get_ident()
 
@@ -284,7 +285,12 @@ class Backend:
             answered = 0
             if self._kept or self._wanted:
                 answered = self._answer_kept(sources)
-            messages = read(_EVENTS)
+            try:
+                messages = os.read(fd, _EVENTS * MESSAGE_SIZE)
+            except OSError:
+                messages = read(_EVENTS)  # which knows what that means
+            if len(messages) % MESSAGE_SIZE:
+                raise short_read(len(messages))
             while messages:
                 now, position = clock(), 0
                 for event, _, address, thread_id in UNPACK_FAULTS(messages):

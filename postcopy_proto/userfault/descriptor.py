@@ -441,10 +441,8 @@ class Userfaultfd:
             raise UserfaultError(
                 "read(userfaultfd)", error.errno or 0, error.strerror or ""
             ) from None
-        size = len(data)
-        if size == 0 or size % MESSAGE_SIZE:
-            detail = f"{size} bytes, not a multiple of {MESSAGE_SIZE}: alignment is lost"
-            raise UserfaultError("read(userfaultfd)", errno.EIO, "short read", detail)
+        if not data or len(data) % MESSAGE_SIZE:
+            raise short_read(len(data))
         return data
 
     def decode(self, message: bytes) -> AnyEvent:
@@ -509,6 +507,12 @@ _UFFDIO_COPY: Final = abi.UFFDIO_COPY
 _PACK_COPY: Final = abi.UFFDIO_COPY_STRUCT.pack_into
 _PACK_ADDRESSES: Final = abi.UFFDIO_COPY_ADDRESSES.pack_into
 _PACK_RESOLVE: Final = abi.UFFDIO_ZEROPAGE_STRUCT.pack_into
+
+
+def short_read(size: int) -> UserfaultError:
+    """The error of a read that ended inside a message, or brought none."""
+    detail = f"{size} bytes, not a multiple of {MESSAGE_SIZE}: alignment is lost"
+    return UserfaultError("read(userfaultfd)", errno.EIO, "short read", detail)
 
 
 def _unpack_done(argument: bytearray, position: int) -> int:
