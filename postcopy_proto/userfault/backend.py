@@ -45,10 +45,8 @@ from postcopy_proto.userfault.descriptor import (
     OwnerGoneError,
     RemapEvent,
     RemoveEvent,
-    ResolveError,
     UnmapEvent,
     Userfaultfd,
-    short_read,
 )
 from postcopy_proto.userfault.placing import Placer
 from postcopy_proto.userfault.region import Region
@@ -204,7 +202,7 @@ class Backend:
         for block in self._blocks:
             block.region.before_read = self._guard(block)
         # Once, for all faults: on their way nothing is asked that can be known before.
-        self._tracing = trace.isEnabledFor(logging.DEBUG)
+        self._tracing = self._placer.tracing = trace.isEnabledFor(logging.DEBUG)
         trace.debug("postcopy_ram_enable_notify")
 
     @staticmethod
@@ -274,61 +272,34 @@ class Backend:
         if missing := [block.idstr for block in self._blocks if block.idstr not in sources]:
             raise ValueError(f"no source for {', '.join(missing)}")
         uffd, blocks, stats, size = self._descriptor(), self._blocks, self.stats, self._page_size
-        copy, clock, read = uffd.copy, time.perf_counter_ns, uffd.read_messages
+        place, read, clock = self._placer.place_host_page, uffd.read_messages, time.perf_counter_ns
         waits, threads = stats.waits_ns.append, stats.waited_threads.append
-        tracing, fd = self._tracing, uffd.fileno()
         block = next(iter(blocks))  # where the last fault was, and the next one mostly is
         self._serving_thread = threading.get_ident()
 
         def answer() -> int:
             nonlocal block
-            answered = 0
-            if self._kept or self._wanted:
-                answered = self._answer_kept(sources)
-            try:
-                messages = os.read(fd, _EVENTS * MESSAGE_SIZE)
-            except OSError:
-                messages = read(_EVENTS)  # which knows what that means
-            if len(messages) % MESSAGE_SIZE:
-                raise short_read(len(messages))
-            while messages:
+            answered = self._answer_kept(sources) if self._kept or self._wanted else 0
+            while messages := read(_EVENTS):
                 now, position = clock(), 0
                 for event, _, address, thread_id in UNPACK_FAULTS(messages):
                     position += MESSAGE_SIZE
                     if event != PAGEFAULT:
                         self._other_event(uffd.decode(messages[position - MESSAGE_SIZE : position]))
                         continue
+                    stats.faults += 1
                     if not block.address <= address < block.end:
                         block, _ = blocks.at(address)
-                    host = block.host_page_size
-                    offset = (address - block.address) & -host
-                    page = offset // size
-                    if block.received[page]:
+                    offset = (address - block.address) & -block.host_page_size
+                    if block.received[offset // size]:
                         self._answer_received(block, offset)
                     else:
+                        place(uffd, block, offset, sources[block.idstr] + offset)
                         answered += 1
-                        source = sources[block.idstr] + offset
-                        try:
-                            # Huge pages, and pages that `want` asked for, are not for here.
-                            done = host == size and not block.waiting
-                            if done:
-                                copy(block.address + offset, source, host)
-                        except ResolveError:
-                            done = False
-                        if done:
-                            block.received[page] = 1
-                            stats.placements += 1
-                            stats.pages += 1
-                            if tracing:
-                                trace.debug("postcopy_place_page host=%#x pages=1", address & -host)
-                        else:
-                            self._place_one(block, offset, source)
                     waits(clock() - now)
                     threads(thread_id)
-                stats.faults += position // MESSAGE_SIZE
                 if position < _EVENTS * MESSAGE_SIZE:
                     break
-                messages = read(_EVENTS)
             return answered
 
         return answer
@@ -506,33 +477,7 @@ class Backend:
             self._refuse_page(block, offset)
         if offset % target.host_page_size or not 0 <= offset < target.length:
             self._refuse_page(block, offset)
-        self._place_one(target, offset, source)
-
-    def _place_one(self, block: GuestBlock, offset: int, source: int | None) -> None:
-        """What `fill` does, for the one page that a vCPU waits for. Where anything is unusual, it
-        is asked after all."""
-        uffd, host, received = self._uffd, block.host_page_size, block.received
-        page = offset // block.page_size
-        assert uffd is not None
-        if source is None or received[page] or host != block.page_size:
-            self._placer.fill(uffd, block, page, host // block.page_size, source)
-            return
-        try:
-            uffd.copy(block.address + offset, source, host)
-        except ResolveError:
-            self._placer.fill(uffd, block, page, 1, source)
-            return
-        received[page] = 1
-        stats = self.stats
-        stats.placements += 1
-        stats.pages += 1
-        waiters = block.waiting.pop(offset, None)
-        if waiters is not None:
-            now = time.perf_counter_ns()
-            for thread_id, since in waiters:
-                stats.add_wait(thread_id, now - since)
-        if self._tracing:
-            trace.debug("postcopy_place_page host=%#x pages=1", block.address + offset)
+        self._placer.place_host_page(uffd, target, offset, source)
 
     def _place_single(self, pages: Pages) -> bool:
         """A batch of one target page that is a host page; False when it is something else."""
@@ -540,7 +485,11 @@ class Backend:
         if block is None or block.host_page_size != size or pages.page_size != size:
             return False
         offset, position, data = int(pages.offsets[0]), int(pages.positions[0]), pages.data
-        if offset % size or offset >= block.length or position + size > len(data):
+        if (
+            offset % size
+            or offset >= block.length
+            or (position >= 0 and position + size > len(data))
+        ):
             return False
         self.place_page(pages.block, offset, None if position < 0 else address_of(data) + position)
         return True

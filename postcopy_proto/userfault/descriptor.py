@@ -441,8 +441,10 @@ class Userfaultfd:
             raise UserfaultError(
                 "read(userfaultfd)", error.errno or 0, error.strerror or ""
             ) from None
-        if not data or len(data) % MESSAGE_SIZE:
-            raise short_read(len(data))
+        size = len(data)
+        if size == 0 or size % MESSAGE_SIZE:
+            detail = f"{size} bytes, not a multiple of {MESSAGE_SIZE}: alignment is lost"
+            raise UserfaultError("read(userfaultfd)", errno.EIO, "short read", detail)
         return data
 
     def decode(self, message: bytes) -> AnyEvent:
@@ -507,12 +509,6 @@ _UFFDIO_COPY: Final = abi.UFFDIO_COPY
 _PACK_COPY: Final = abi.UFFDIO_COPY_STRUCT.pack_into
 _PACK_ADDRESSES: Final = abi.UFFDIO_COPY_ADDRESSES.pack_into
 _PACK_RESOLVE: Final = abi.UFFDIO_ZEROPAGE_STRUCT.pack_into
-
-
-def short_read(size: int) -> UserfaultError:
-    """The error of a read that ended inside a message, or brought none."""
-    detail = f"{size} bytes, not a multiple of {MESSAGE_SIZE}: alignment is lost"
-    return UserfaultError("read(userfaultfd)", errno.EIO, "short read", detail)
 
 
 def _unpack_done(argument: bytearray, position: int) -> int:

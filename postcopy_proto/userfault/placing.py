@@ -56,6 +56,8 @@ class Placer:
         self._page_size = page_size
         self._statistics = statistics
         self._drain = drain
+        self.tracing = False
+        """whether placements are traced; asking the logger each time takes its part of a fault"""
         self._largest = max(block.host_page_size for block in blocks)
         self._staging = Staging(max(STAGING_SIZE, self._largest))
         self._zeros = Staging(max(STAGING_SIZE, self._largest))
@@ -144,7 +146,7 @@ class Placer:
             if block.waiting:
                 for page in block.waiting.keys() & set((numbers[:placed] * size).tolist()):
                     block.resolved(page, size, statistics)
-            if trace.isEnabledFor(logging.DEBUG):
+            if self.tracing:
                 trace.debug("postcopy_place_page host=%#x pages=%d", destinations[0], placed)
         return replace(pages, offsets=offsets[placed:], positions=positions[placed:], named=False)
 
@@ -270,6 +272,23 @@ class Placer:
                 self._placed(block, at, done // size, zero=source is None)
                 at += done // size
 
+    def place_host_page(
+        self, uffd: Userfaultfd, block: GuestBlock, offset: int, source: int | None
+    ) -> None:
+        """`fill` for the host page at byte `offset`, without its loop: a vCPU waits for it."""
+        size, host = self._page_size, block.host_page_size
+        page, count = offset // size, host // size
+        if source is not None and not block.received[page]:
+            try:
+                uffd.copy(block.address + offset, source, host)
+            except ResolveError:
+                pass  # `fill` knows what to do about each
+            else:
+                self._statistics.placements += 1
+                self._placed(block, page, count, zero=False)
+                return
+        self.fill(uffd, block, page, count, source)
+
     def zero(self, uffd: Userfaultfd, block: GuestBlock, address: int, length: int) -> int:
         """Zeros by ZEROPAGE, or from a buffer of them where that is not offered; returns bytes."""
         if block.can_zeropage:
@@ -289,7 +308,7 @@ class Placer:
         size = self._page_size
         if block.waiting:
             block.resolved(page * size, count * size, statistics)
-        if trace.isEnabledFor(logging.DEBUG):
+        if self.tracing:
             name = "postcopy_place_page_zero" if zero else "postcopy_place_page"
             trace.debug("%s host=%#x pages=%d", name, block.address + page * size, count)
 
