@@ -114,7 +114,10 @@ class GuestTarget:
 
     def read_faults(self) -> list[tuple[str, int]]:
         """Host pages that the process waits for."""
-        return self.backend.read_faults()
+        try:
+            return self.backend.read_faults()
+        except OwnerGoneError as error:
+            raise self.guest.how_it_ended() from error
 
     def tick(self) -> None:
         """Notice a process that died."""

@@ -6,7 +6,7 @@
 
 Each part is a benchmark of its own (`python -m tests.bench.NAME`), which has more to say; what it
 prints by --json is measured here against its bars. Parts that need a stock QEMU are left out
-where there is none. It takes some ten minutes, and means something only on a quiet machine.
+where there is none. It takes some four minutes, and means something only on a quiet machine.
 """
 
 from __future__ import annotations

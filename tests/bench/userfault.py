@@ -257,13 +257,18 @@ def serve_by_descriptor(uffd: Userfaultfd, pid: int, base: int, data: NDArray[np
             served += 1
 
 
-def serve_by_backend(uffd: Userfaultfd, pid: int, base: int, data: NDArray[np.uint8]) -> None:
-    """With received bits, statistics and everything else that a destination keeps."""
-    region = Region(RAMBlock("ram", FAULTS * PAGE), base, GuestOwner(pid, uffd))
-    backend = Backend([region])
+def listening(uffd: Userfaultfd, pid: int, base: int) -> tuple[Backend, select.poll]:
+    """A backend of the guest's memory, and a poll for its faults."""
+    backend = Backend([Region(RAMBlock("ram", FAULTS * PAGE), base, GuestOwner(pid, uffd))])
     backend.enable_notify()
     poll = select.poll()
     poll.register(backend.fileno(), select.POLLIN)
+    return backend, poll
+
+
+def serve_by_backend(uffd: Userfaultfd, pid: int, base: int, data: NDArray[np.uint8]) -> None:
+    """With received bits, statistics and everything else that a destination keeps."""
+    backend, poll = listening(uffd, pid, base)
     answer, served = backend.answering({"ram": data.ctypes.data}), 0
     while served < FAULTS:
         poll.poll()
@@ -273,11 +278,7 @@ def serve_by_backend(uffd: Userfaultfd, pid: int, base: int, data: NDArray[np.ui
 
 def serve_by_requests(uffd: Userfaultfd, pid: int, base: int, data: NDArray[np.uint8]) -> None:
     """The same in two steps, as for pages that are elsewhere."""
-    region = Region(RAMBlock("ram", FAULTS * PAGE), base, GuestOwner(pid, uffd))
-    backend = Backend([region])
-    backend.enable_notify()
-    poll = select.poll()
-    poll.register(backend.fileno(), select.POLLIN)
+    backend, poll = listening(uffd, pid, base)
     source = data.ctypes.data
     while backend.stats.pages < FAULTS:
         poll.poll()
@@ -288,11 +289,7 @@ def serve_by_requests(uffd: Userfaultfd, pid: int, base: int, data: NDArray[np.u
 
 def serve_by_batches(uffd: Userfaultfd, pid: int, base: int, data: NDArray[np.uint8]) -> None:
     """As the destination's loop does it: the page arrives as a batch of one."""
-    region = Region(RAMBlock("ram", FAULTS * PAGE), base, GuestOwner(pid, uffd))
-    backend = Backend([region])
-    backend.enable_notify()
-    poll = select.poll()
-    poll.register(backend.fileno(), select.POLLIN)
+    backend, poll = listening(uffd, pid, base)
     view = memoryview(data)
     positions, offsets = np.zeros(1, np.int64), np.zeros(1, np.uint64)
     while backend.stats.pages < FAULTS:

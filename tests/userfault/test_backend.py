@@ -232,6 +232,21 @@ def test_single_pages(backend: Backend, region: Region) -> None:
     assert region.read(0, COUNT * PAGE) == expected.tobytes()
 
 
+def test_batches_of_one(backend: Backend, region: Region) -> None:
+    """Content, and a zero page that comes without any data."""
+    pages = content(region.block, 69, zero_fraction=0)
+    listening(backend)
+    nothing = np.array([-1], np.int64)
+    backend.place(Pages("ram", np.array([PAGE], np.uint64), nothing, memoryview(b"")))
+    backend.place(batch("ram", pages, [2]))
+    assert (backend.stats.pages, backend.stats.zero_pages, backend.stats.placements) == (2, 1, 2)
+    torn = Pages("ram", np.array([0], np.uint64), np.zeros(1, np.int64), memoryview(bytes(9)))
+    with pytest.raises(ValueError, match="after the batch's data"):
+        backend.place(torn)
+    backend.cleanup()
+    assert region.read(0, 3 * PAGE) == bytes(2 * PAGE) + pages[2].tobytes()
+
+
 def test_an_empty_batch_is_nothing(backend: Backend) -> None:
     none = np.zeros(0, np.uint64)
     backend.place(Pages("ram", none, none.astype(np.int64), memoryview(b"")))
@@ -404,6 +419,8 @@ def test_faults_answered_from_memory_at_hand(region: Region) -> None:
     dropper.start()
     answer_until(answer, dropper)
     answer_until(answer, touch(region.address))
+    assert backend.stats.faults == 5, "a removal is no fault"
+    assert backend.stats.removed == 1
     assert region.read(0, PAGE) == bytes(PAGE)
     # There already, though not through us: whoever waits is woken.
     address = sources["ram"]
@@ -414,6 +431,8 @@ def test_faults_answered_from_memory_at_hand(region: Region) -> None:
     backend.cleanup()
     assert region.read(20 * PAGE, PAGE) == bytes(PAGE)
     other.close()
+    with pytest.raises(UserfaultError, match="Bad file descriptor"):
+        answer()  # not a read of whatever has that number by now
 
 
 def test_answers_are_traced(region: Region, caplog: pytest.LogCaptureFixture) -> None:
