@@ -13,31 +13,35 @@ import struct
 from enum import IntEnum, IntFlag
 from typing import Final
 
-# ---- structures. All integers are native; every structure is packed naturally on 64-bit hosts.
+# ---- structures. Native integers of 64 bits, every one in its natural place on 64-bit hosts.
 
-UFFD_MSG: Final = struct.Struct("=B7xQQQ")
+# The two are the same bytes, and `long`, where it has 64 bits, is what Python packs fastest: these
+# are packed and unpacked for every page and every fault.
+_U64, _S64 = "Ll" if struct.calcsize("@L") == 8 else "Qq"
+
+UFFD_MSG: Final = struct.Struct(f"@B7x3{_U64}")
 """struct uffd_msg: event, then 24 bytes whose meaning depends on it (32 bytes)"""
-UFFD_MSG_PAGEFAULT: Final = struct.Struct("=B7xQQI4x")
+UFFD_MSG_PAGEFAULT: Final = struct.Struct(f"@B7x2{_U64}I4x")
 """struct uffd_msg of a page fault: event, flags, address, thread id (32 bytes)"""
-UFFDIO_API_STRUCT: Final = struct.Struct("=QQQ")
+UFFDIO_API_STRUCT: Final = struct.Struct(f"@3{_U64}")
 """struct uffdio_api: api, features, ioctls"""
-UFFDIO_RANGE_STRUCT: Final = struct.Struct("=QQ")
+UFFDIO_RANGE_STRUCT: Final = struct.Struct(f"@2{_U64}")
 """struct uffdio_range: start, length in bytes; of UNREGISTER and WAKE"""
-UFFDIO_REGISTER_STRUCT: Final = struct.Struct("=QQQQ")
+UFFDIO_REGISTER_STRUCT: Final = struct.Struct(f"@4{_U64}")
 """struct uffdio_register: start, length, mode, ioctls"""
-UFFDIO_COPY_STRUCT: Final = struct.Struct("=QQQQq")
-UFFDIO_COPY_ADDRESSES: Final = struct.Struct("@LL" if struct.calcsize("@L") == 8 else "=QQ")
-"""its first two fields, destination and source; as native integers, which Python packs faster"""
+UFFDIO_COPY_STRUCT: Final = struct.Struct(f"@4{_U64}{_S64}")
 """struct uffdio_copy: destination, source, length, mode, bytes copied or -errno"""
-UFFDIO_ZEROPAGE_STRUCT: Final = struct.Struct("=QQQq")
+UFFDIO_COPY_ADDRESSES: Final = struct.Struct(f"@2{_U64}")
+"""its first two members, destination and source"""
+UFFDIO_ZEROPAGE_STRUCT: Final = struct.Struct(f"@3{_U64}{_S64}")
 """struct uffdio_zeropage: start, length, mode, bytes zeroed or -errno"""
-UFFDIO_WRITEPROTECT_STRUCT: Final = struct.Struct("=QQQ")
+UFFDIO_WRITEPROTECT_STRUCT: Final = struct.Struct(f"@3{_U64}")
 """struct uffdio_writeprotect: start, length, mode"""
-UFFDIO_CONTINUE_STRUCT: Final = struct.Struct("=QQQq")
+UFFDIO_CONTINUE_STRUCT: Final = struct.Struct(f"@3{_U64}{_S64}")
 """struct uffdio_continue: start, length, mode, bytes mapped or -errno"""
-UFFDIO_POISON_STRUCT: Final = struct.Struct("=QQQq")
+UFFDIO_POISON_STRUCT: Final = struct.Struct(f"@3{_U64}{_S64}")
 """struct uffdio_poison: start, length, mode, bytes poisoned or -errno"""
-UFFDIO_MOVE_STRUCT: Final = struct.Struct("=QQQQq")
+UFFDIO_MOVE_STRUCT: Final = struct.Struct(f"@4{_U64}{_S64}")
 """struct uffdio_move: destination, source, length, mode, bytes moved or -errno"""
 
 # ---- ioctl numbers

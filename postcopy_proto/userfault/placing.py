@@ -269,7 +269,7 @@ class Placer:
                     raise
             if done:
                 deadline = 0.0
-                self._placed(block, at, done // size, zero=source is None)
+                self._placed(block, at, done // size, source is None)
                 at += done // size
 
     def place_host_page(
@@ -285,7 +285,7 @@ class Placer:
                 pass  # `fill` knows what to do about each
             else:
                 self._statistics.placements += 1
-                self._placed(block, page, count, zero=False)
+                self._placed(block, page, count, False)
                 return
         self.fill(uffd, block, page, count, source)
 
@@ -295,7 +295,7 @@ class Placer:
             return uffd.zeropage(address, length)
         return uffd.copy(address, self._zeros.address, min(length, self._zeros.size))
 
-    def _placed(self, block: GuestBlock, page: int, count: int, *, zero: bool) -> None:
+    def _placed(self, block: GuestBlock, page: int, count: int, zero: bool) -> None:
         """`count` target pages from `page` are there."""
         if count == 1:
             block.received[page] = True

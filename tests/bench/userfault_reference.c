@@ -36,15 +36,17 @@ int place_copies(int uffd, uint64_t to, uint64_t from, uint64_t total, uint64_t 
     return 0;
 }
 
-/* Serves `count` faults: poll, read one message, copy one page; as QEMU's fault thread does. */
-int serve_faults(int uffd, uint64_t base, uint64_t from, uint64_t count)
+/* Serves `count` faults: poll, read one message, copy one page; as QEMU's fault thread does. With
+ * `read_on` it polls only when a read found nothing, as ours does. */
+int serve_faults(int uffd, uint64_t base, uint64_t from, uint64_t count, int read_on)
 {
     struct pollfd wait = {.fd = uffd, .events = POLLIN};
-    for (uint64_t served = 0; served < count;) {
+    for (uint64_t served = 0, waiting = 0; served < count;) {
         struct uffd_msg message;
-        if (poll(&wait, 1, -1) < 0)
+        if (!waiting && poll(&wait, 1, -1) < 0)
             return errno;
         ssize_t size = read(uffd, &message, sizeof message);
+        waiting = read_on && size > 0;
         if (size < 0 && errno == EAGAIN)
             continue;
         if (size != sizeof message || message.event != UFFD_EVENT_PAGEFAULT)

@@ -1,4 +1,4 @@
-"""Fixtures: userfaultfd as full as it gets here, and reserved huge pages."""
+"""Fixtures: userfaultfd as full as it gets here, reserved huge pages, regions with a backend."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from postcopy_proto.errors import UserfaultError
+from postcopy_proto.ramblock import RAMBlock
+from postcopy_proto.userfault.backend import Backend
 from postcopy_proto.userfault.descriptor import Userfaultfd
+from postcopy_proto.userfault.mapping import Backing
+from postcopy_proto.userfault.region import Region
+from tests.userfault.support import COUNT, HUGE, PAGE, listening
 
 HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 WANTED = 24
@@ -42,3 +47,32 @@ def huge_pages() -> Iterator[int]:
     yield reserved
     if before < WANTED:
         HUGE_PAGES.write_text(str(before))
+
+
+@pytest.fixture
+def region() -> Iterator[Region]:
+    """Memory of this process, a block named ram."""
+    made = Region.create(RAMBlock("ram", COUNT * PAGE))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def backend(region: Region) -> Iterator[Backend]:
+    """Its backend, before LISTEN."""
+    made = Backend([region], user_mode_only=True)
+    made.incoming_init()
+    yield made
+    made.cleanup()
+
+
+@pytest.fixture
+def huge_backend(huge_pages: int) -> Iterator[tuple[Backend, Region]]:
+    """Four huge pages in a block named huge, past LISTEN."""
+    region = Region.create(RAMBlock("huge", 4 * HUGE, HUGE), Backing.HUGETLB)
+    backend = Backend([region], user_mode_only=True)
+    backend.incoming_init()
+    listening(backend)
+    yield backend, region
+    backend.cleanup()
+    region.close()

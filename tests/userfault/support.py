@@ -1,11 +1,14 @@
-"""What the userfault tests share: contents, batches, unprivileged children, C programs."""
+"""What the userfault tests share: contents, batches, faults, unprivileged children, C programs."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +19,13 @@ from numpy.typing import NDArray
 from postcopy_proto.messages import Pages
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE as PAGE
 from postcopy_proto.ramblock import RAMBlock
+from postcopy_proto.userfault import syscalls
+from postcopy_proto.userfault.backend import Backend
 
 MIB = 1 << 20
 HUGE = 2 * MIB
+COUNT = 64
+"""pages of the block that most tests use"""
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
 
@@ -85,3 +92,30 @@ def resident_pages(address: int, length: int) -> list[bool]:
         file.seek(address // PAGE * 8)
         entries = np.frombuffer(file.read(length // PAGE * 8), np.uint64)
     return [bool(entry >> 63 & 1) for entry in entries.tolist()]
+
+
+def listening(backend: Backend) -> Backend:
+    """The same backend, past LISTEN."""
+    backend.prepare_discard()
+    backend.enable_notify()
+    return backend
+
+
+def touch(address: int) -> threading.Thread:
+    """A thread that reads 8 bytes there, and waits for them without the GIL."""
+    word = ctypes.create_string_buffer(8)
+    thread = threading.Thread(
+        target=lambda: syscalls.memcpy(ctypes.addressof(word), address, 8), daemon=True
+    )
+    thread.start()
+    return thread
+
+
+def faults(backend: Backend, timeout: float = 10) -> list[tuple[str, int]]:
+    """The next faults that the backend reports."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if found := backend.read_faults():
+            return found
+        time.sleep(0.001)
+    raise AssertionError("no fault came")
