@@ -276,19 +276,26 @@ class Backend:
         if missing := [block.idstr for block in self._blocks if block.idstr not in sources]:
             raise ValueError(f"no source for {', '.join(missing)}")
         uffd, blocks, stats, size = self._descriptor(), self._blocks, self.stats, self._page_size
-        place, read, clock = self._placer.place_host_page, uffd.read_messages, time.perf_counter_ns
-        waits, threads = stats.waits_ns.append, stats.waited_threads.append
+        fd, room, read, clock = uffd.fileno(), _EVENTS * MESSAGE_SIZE, os.read, time.perf_counter_ns
+        place, waits, threads = (
+            self._placer.place_host_page,
+            stats.waits_ns.append,
+            stats.waited_threads.append,
+        )
         block = next(iter(blocks))  # where the last fault was, and the next one mostly is
         self._serving_thread = threading.get_ident()
 
         def answer() -> int:
             nonlocal block
+            if self._uffd is not uffd:
+                raise ValueError("the backend was cleaned up")
             answered = self._answer_kept(sources) if self._kept or self._wanted else 0
             # Not only until a read takes less than it could: a thread that was woken on this CPU
             # has mostly run up to its next fault before we go on, and a poll is saved.
             for _ in range(_READS):
-                messages = read(_EVENTS)
-                if not messages:
+                try:
+                    messages = read(fd, room)
+                except BlockingIOError:
                     break
                 now, faults = clock(), UNPACK_FAULTS(messages)
                 for event, _, address, thread_id in faults:

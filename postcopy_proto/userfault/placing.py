@@ -284,8 +284,18 @@ class Placer:
             except ResolveError:
                 pass  # `fill` knows what to do about each
             else:
-                self._statistics.placements += 1
-                self._placed(block, page, count, False)
+                # As `_placed`, without the call.
+                if count == 1:
+                    block.received[page] = True
+                else:
+                    block.received[page : page + count] = True
+                statistics = self._statistics
+                statistics.placements += 1
+                statistics.pages += count
+                if block.waiting:
+                    block.resolved(offset, host, statistics)
+                if self.tracing:
+                    self._trace(block, page, count, False)
                 return
         self.fill(uffd, block, page, count, source)
 
@@ -297,20 +307,20 @@ class Placer:
 
     def _placed(self, block: GuestBlock, page: int, count: int, zero: bool) -> None:
         """`count` target pages from `page` are there."""
-        if count == 1:
-            block.received[page] = True
-        else:
-            block.received[page : page + count] = True
+        block.received[page : page + count] = True
         statistics = self._statistics
         statistics.pages += count
         if zero:
             statistics.zero_pages += count
-        size = self._page_size
         if block.waiting:
+            size = self._page_size
             block.resolved(page * size, count * size, statistics)
         if self.tracing:
-            name = "postcopy_place_page_zero" if zero else "postcopy_place_page"
-            trace.debug("%s host=%#x pages=%d", name, block.address + page * size, count)
+            self._trace(block, page, count, zero)
+
+    def _trace(self, block: GuestBlock, page: int, count: int, zero: bool) -> None:
+        name = "postcopy_place_page_zero" if zero else "postcopy_place_page"
+        trace.debug("%s host=%#x pages=%d", name, block.address + page * self._page_size, count)
 
     def close(self) -> None:
         """Frees the staging memory."""

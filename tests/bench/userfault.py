@@ -414,7 +414,7 @@ def show(placement: list[Placement], faults: list[Service]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="pairs a ratio is the median of")
+    parser.add_argument("--rounds", type=int, default=24, help="pairs a ratio is the median of")
     parser.add_argument("--json", action="store_true", help="one document on stdout")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # a guest that has touched everything ends at once

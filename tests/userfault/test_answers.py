@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from postcopy_proto.errors import UserfaultError
 from postcopy_proto.ramblock import RAMBlock
 from postcopy_proto.userfault import syscalls
 from postcopy_proto.userfault.backend import Backend
@@ -69,7 +68,7 @@ def test_faults_answered_from_memory_at_hand(region: Region) -> None:
     backend.cleanup()
     assert region.read(20 * PAGE, PAGE) == bytes(PAGE)
     other.close()
-    with pytest.raises(UserfaultError, match="Bad file descriptor"):
+    with pytest.raises(ValueError, match="cleaned up"):
         answer()  # not a read of whatever has that number by now
 
 
