@@ -419,7 +419,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # a guest that has touched everything ends at once
     faults = measure_faults(options.rounds)
-    placement = measure_placement(options.rounds)
+    placement = measure_placement(2 * options.rounds)  # 2 % decide there
     if options.json:
         document = {
             "placement": [asdict(row) for row in placement],
