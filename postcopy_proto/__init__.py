@@ -1,7 +1,8 @@
 """The QEMU postcopy migration protocol: both ends of the wire, on the real kernel.
 
-The public names, in the order of the protocol. Those of the Linux side (`Userfaultfd`, `Region`,
-`probe`) are looked up when they are first asked for, so that the sans-I/O core imports anywhere.
+The public names, in the order of the protocol. They are looked up when they are first asked for:
+the sans-I/O core imports anywhere, and who only wants `postcopy_proto.userfault` gets neither
+numpy nor bitarray.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from postcopy_proto.destination import DestinationConnection
-from postcopy_proto.dirty import DirtyBitmap, DiscardEncoder, encode_discards, iter_discards
 from postcopy_proto.errors import (
     Channel,
     ErrorKind,
@@ -21,79 +20,148 @@ from postcopy_proto.errors import (
     RemoteProtocolError,
     UserfaultError,
 )
-from postcopy_proto.messages import (
-    NEED_DATA,
-    CompressedPage,
-    Configuration,
-    DeviceState,
-    EnableColo,
-    EndOfStream,
-    Eof,
-    Message,
-    MultifdFlush,
-    NeedData,
-    OpenReturnPath,
-    Packaged,
-    Pages,
-    Ping,
-    Pong,
-    PostcopyAdvise,
-    PostcopyListen,
-    PostcopyRamDiscard,
-    PostcopyResume,
-    PostcopyRun,
-    RamBlockEntry,
-    RamBlockList,
-    RamEos,
-    ReceivedBitmap,
-    RecvBitmap,
-    ReqPages,
-    ReqPagesId,
-    ResumeAck,
-    SectionEnd,
-    SectionFooter,
-    SectionFull,
-    SectionPart,
-    SectionStart,
-    Shut,
-    StreamHeader,
-    SwitchoverAck,
-    SwitchoverStart,
-    UnknownCommand,
-    UnknownReturnPathMessage,
-    VmDescription,
-    XbzrlePage,
-)
-from postcopy_proto.ramblock import ByteRange, PageSink, PageStore, RAMBlock, SinglePageStore
-from postcopy_proto.source import BackgroundOrder, PageBatch, SourceConnection
-from postcopy_proto.states import ForwardState, ReturnPathState
-from postcopy_proto.wire import (
-    ForwardDecoder,
-    Limits,
-    PreemptDecoder,
-    ReturnPathDecoder,
-    encode,
-    parse_package,
-)
 
 if TYPE_CHECKING:
+    from postcopy_proto.destination import DestinationConnection
+    from postcopy_proto.dirty import DirtyBitmap, DiscardEncoder, encode_discards, iter_discards
+    from postcopy_proto.messages import (
+        NEED_DATA,
+        CompressedPage,
+        Configuration,
+        DeviceState,
+        EnableColo,
+        EndOfStream,
+        Eof,
+        Message,
+        MultifdFlush,
+        NeedData,
+        OpenReturnPath,
+        Packaged,
+        Pages,
+        Ping,
+        Pong,
+        PostcopyAdvise,
+        PostcopyListen,
+        PostcopyRamDiscard,
+        PostcopyResume,
+        PostcopyRun,
+        RamBlockEntry,
+        RamBlockList,
+        RamEos,
+        ReceivedBitmap,
+        RecvBitmap,
+        ReqPages,
+        ReqPagesId,
+        ResumeAck,
+        SectionEnd,
+        SectionFooter,
+        SectionFull,
+        SectionPart,
+        SectionStart,
+        Shut,
+        StreamHeader,
+        SwitchoverAck,
+        SwitchoverStart,
+        UnknownCommand,
+        UnknownReturnPathMessage,
+        VmDescription,
+        XbzrlePage,
+    )
+    from postcopy_proto.ramblock import ByteRange, PageSink, PageStore, RAMBlock, SinglePageStore
+    from postcopy_proto.source import BackgroundOrder, PageBatch, SourceConnection
+    from postcopy_proto.states import ForwardState, ReturnPathState
     from postcopy_proto.userfault.backend import Backend
     from postcopy_proto.userfault.descriptor import Userfaultfd
     from postcopy_proto.userfault.probe import probe
     from postcopy_proto.userfault.region import Region
+    from postcopy_proto.wire import (
+        ForwardDecoder,
+        Limits,
+        PreemptDecoder,
+        ReturnPathDecoder,
+        parse_package,
+    )
 
-_LINUX = {
-    "Backend": "backend",
-    "Region": "region",
-    "Userfaultfd": "descriptor",
-    "probe": "probe",
+    # Not by way of the package, where type checkers take it for the module of that name.
+    from postcopy_proto.wire.encode import encode
+
+_NAMES = {
+    "destination": ("DestinationConnection",),
+    "dirty": ("DirtyBitmap", "DiscardEncoder", "encode_discards", "iter_discards"),
+    "messages": (
+        "NEED_DATA",
+        "CompressedPage",
+        "Configuration",
+        "DeviceState",
+        "EnableColo",
+        "EndOfStream",
+        "Eof",
+        "Message",
+        "MultifdFlush",
+        "NeedData",
+        "OpenReturnPath",
+        "Packaged",
+        "Pages",
+        "Ping",
+        "Pong",
+        "PostcopyAdvise",
+        "PostcopyListen",
+        "PostcopyRamDiscard",
+        "PostcopyResume",
+        "PostcopyRun",
+        "RamBlockEntry",
+        "RamBlockList",
+        "RamEos",
+        "ReceivedBitmap",
+        "RecvBitmap",
+        "ReqPages",
+        "ReqPagesId",
+        "ResumeAck",
+        "SectionEnd",
+        "SectionFooter",
+        "SectionFull",
+        "SectionPart",
+        "SectionStart",
+        "Shut",
+        "StreamHeader",
+        "SwitchoverAck",
+        "SwitchoverStart",
+        "UnknownCommand",
+        "UnknownReturnPathMessage",
+        "VmDescription",
+        "XbzrlePage",
+    ),
+    "ramblock": ("ByteRange", "PageSink", "PageStore", "RAMBlock", "SinglePageStore"),
+    "source": ("BackgroundOrder", "PageBatch", "SourceConnection"),
+    "states": ("ForwardState", "ReturnPathState"),
+    "wire": (
+        "ForwardDecoder",
+        "Limits",
+        "PreemptDecoder",
+        "ReturnPathDecoder",
+        "encode",
+        "parse_package",
+    ),
+    "userfault.backend": ("Backend",),
+    "userfault.descriptor": ("Userfaultfd",),
+    "userfault.probe": ("probe",),
+    "userfault.region": ("Region",),
 }
+"""of every module, what is looked up in it"""
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+if not TYPE_CHECKING:  # or a name that does not exist would pass for one of any type
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LINUX:
-        return getattr(import_module(f"postcopy_proto.userfault.{_LINUX[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

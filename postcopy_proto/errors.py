@@ -12,6 +12,7 @@ fields for programs and in its text for people.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 
 class Channel(StrEnum):
@@ -120,6 +121,11 @@ class UserfaultError(PostcopyError, OSError):
         self.detail = detail
         self.advice = advice
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles: with every field, those of derived classes too."""
+        arguments = (self.operation, self.errno, self.strerror, self.detail, self.advice)
+        return type(self), arguments, self.__dict__
+
     def __str__(self) -> str:
         text = f"{self.operation}: {self.strerror}"
         if self.detail:
@@ -135,3 +141,7 @@ class HostUnsupportedError(PostcopyError):
     def __init__(self, reasons: list[str]) -> None:
         super().__init__("; ".join(reasons))
         self.reasons = reasons
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles."""
+        return type(self), (self.reasons,), self.__dict__

@@ -23,6 +23,8 @@ UFFD_MSG: Final = struct.Struct(f"@B7x3{_U64}")
 """struct uffd_msg: event, then 24 bytes whose meaning depends on it (32 bytes)"""
 UFFD_MSG_PAGEFAULT: Final = struct.Struct(f"@B7x2{_U64}I4x")
 """struct uffd_msg of a page fault: event, flags, address, thread id (32 bytes)"""
+UFFD_MSG_FORK: Final = struct.Struct("@B7xI20x")
+"""struct uffd_msg of a fork: event, descriptor (32 bytes)"""
 UFFDIO_API_STRUCT: Final = struct.Struct(f"@3{_U64}")
 """struct uffdio_api: api, features, ioctls"""
 UFFDIO_RANGE_STRUCT: Final = struct.Struct(f"@2{_U64}")
@@ -43,6 +45,8 @@ UFFDIO_POISON_STRUCT: Final = struct.Struct(f"@3{_U64}{_S64}")
 """struct uffdio_poison: start, length, mode, bytes poisoned or -errno"""
 UFFDIO_MOVE_STRUCT: Final = struct.Struct(f"@4{_U64}{_S64}")
 """struct uffdio_move: destination, source, length, mode, bytes moved or -errno"""
+UFFDIO_DONE: Final = struct.Struct(f"@{_S64}")
+"""the last member of each of those that have one: bytes done or -errno"""
 
 # ---- ioctl numbers
 
@@ -84,7 +88,7 @@ _COMPUTED: Final = {
 }
 for _number, (_direction, _nr, _size) in _COMPUTED.items():
     assert _number == ioctl_number(_direction, UFFD_API, _nr, _size), f"ioctl {_number:#x}"
-assert UFFD_MSG.size == UFFD_MSG_PAGEFAULT.size == 32
+assert UFFD_MSG.size == UFFD_MSG_PAGEFAULT.size == UFFD_MSG_FORK.size == 32
 
 
 class Ioctls(IntFlag):

@@ -17,6 +17,8 @@ from postcopy_proto.errors import UserfaultError
 from postcopy_proto.userfault import syscalls
 
 _MAP_NORESERVE = 0x4000
+_LENGTH_MAX = 2**63 - 1
+"""What a file's size and offset can be; mmap would take a longer one modulo 2**64."""
 _HUGE_SHIFT = 26
 """where mmap and memfd_create take the base-2 logarithm of the huge page size"""
 
@@ -90,15 +92,32 @@ class Mapping:
         *,
         backing: Backing = Backing.FILE,
     ) -> Mapping:
-        """Maps part of a file on tmpfs or hugetlbfs, shared; `offset` in bytes, page-aligned."""
+        """Maps part of a file on tmpfs or hugetlbfs, shared; `offset` in bytes, page-aligned.
+
+        ValueError when it does not fit the file, or the page size not the file's pages;
+        UserfaultError when the kernel refuses.
+        """
         _check_sizes(length, page_size)
-        if offset % page_size:
+        if offset < 0 or offset % page_size:
             raise ValueError(f"file offset {offset:#x} is no multiple of the page size {page_size}")
-        if os.fstat(fd).st_size < offset + length:
-            raise ValueError(f"the file is shorter than {offset:#x} + {length:#x} bytes")
-        address = syscalls.map_memory(length, mmap.MAP_SHARED, fd, offset)
-        kept = os.dup(fd)
-        os.set_inheritable(kept, False)
+        try:
+            size, file_page = os.fstat(fd).st_size, os.fstatvfs(fd).f_bsize
+            kept = os.dup(fd)  # not inheritable
+        except OSError as error:
+            raise UserfaultError("fstat, dup", error.errno or 0, error.strerror or "") from None
+        try:
+            if size < offset + length:
+                raise ValueError(f"the file is shorter than {offset:#x} + {length:#x} bytes")
+            # That of tmpfs is the host's page, so it is hugetlbfs that has larger ones.
+            if file_page > mmap.PAGESIZE and page_size % file_page:
+                raise ValueError(
+                    f"the file has pages of {file_page} bytes, which pages of {page_size} bytes "
+                    "would split"
+                )
+            address = syscalls.map_memory(length, mmap.MAP_SHARED, kept, offset)
+        except BaseException:
+            os.close(kept)
+            raise
         return cls(address, length, page_size, backing, kept, offset)._prepare()
 
     def _prepare(self) -> Mapping:
@@ -153,8 +172,10 @@ class Mapping:
 def _check_sizes(length: int, page_size: int) -> None:
     if page_size < mmap.PAGESIZE or page_size & (page_size - 1):
         raise ValueError(f"page size {page_size} is no power of 2 of at least {mmap.PAGESIZE}")
-    if length <= 0 or length % page_size:
-        raise ValueError(f"length {length} is no positive multiple of the page size {page_size}")
+    if not 0 < length <= _LENGTH_MAX or length % page_size:
+        raise ValueError(
+            f"length {length} is no positive multiple of the page size {page_size} below 2**63"
+        )
 
 
 def _memory_file(length: int, page_size: int, backing: Backing) -> int:
@@ -169,5 +190,10 @@ def _memory_file(length: int, page_size: int, backing: Backing) -> int:
         raise UserfaultError(
             "memfd_create", error.errno or 0, error.strerror or "", detail
         ) from None
-    os.ftruncate(fd, length)
+    try:
+        os.ftruncate(fd, length)
+    except OSError as error:
+        os.close(fd)
+        detail = f"{length} bytes"
+        raise UserfaultError("ftruncate", error.errno or 0, error.strerror or "", detail) from None
     return fd

@@ -189,7 +189,9 @@ def _exercise(uffd: Userfaultfd, mapping: Mapping) -> Iterator[Check]:
 
 def _check_backings(uffd: Userfaultfd | None) -> Iterator[Check]:
     """What else than anonymous memory can be registered; none of it is required."""
-    yield _check_backing(uffd, "shared-memory", Features.MISSING_SHMEM, Backing.MEMFD, 4096)
+    yield _check_backing(
+        uffd, "shared-memory", Features.MISSING_SHMEM, Backing.MEMFD, mmap.PAGESIZE
+    )
     for size in _huge_page_sizes():
         name = f"hugetlb-{_size_text(size)}"
         yield _check_backing(uffd, name, Features.MISSING_HUGETLBFS, Backing.HUGETLB, size)

@@ -120,8 +120,8 @@ class Region:
         self.owner = owner
         self._mapping = mapping
         self.before_read: Callable[[int, int], None] | None = None
-        """called by `read` with (offset, length): the backend's check against waiting for
-        oneself"""
+        """called by `read` and `write` with (offset, length): the backend's check against waiting
+        for oneself"""
 
     @classmethod
     def create(
@@ -133,7 +133,10 @@ class Region:
 
     @classmethod
     def of_file(cls, block: RAMBlock, fd: int, offset: int = 0) -> Region:
-        """Part of a file on tmpfs or hugetlbfs, mapped shared in this process."""
+        """Part of a file on tmpfs or hugetlbfs, mapped shared in this process.
+
+        ValueError when the block's host page is smaller than the pages of the file.
+        """
         mapping = Mapping.of_file(fd, offset, block.used_length, block.page_size)
         return cls(block, mapping.address, THIS_PROCESS, mapping)
 
@@ -156,9 +159,9 @@ class Region:
     def read(self, offset: int, length: int) -> bytes:
         """A copy of the bytes [offset, offset + length).
 
-        In this process it waits for missing pages, without the GIL; UserfaultError (EDEADLK) in
-        the thread that serves them. Of another process, a missing page is waited for too, or
-        is EFAULT if the descriptor is user-mode-only. ValueError outside the block.
+        It waits for missing pages, without the GIL; UserfaultError (EDEADLK) in the thread that
+        serves them. In memory of another process a missing page is EFAULT, in any other
+        thread, if the descriptor is user-mode-only. ValueError outside the block.
         """
         if not self.block.contains(offset, length):
             raise ValueError(f"{offset:#x} + {length:#x} is outside {self.block.idstr}")
@@ -166,9 +169,9 @@ class Region:
         if length == 0:
             return b""
         target = ctypes.addressof(ctypes.c_char.from_buffer(result))
+        if self.before_read is not None:
+            self.before_read(offset, length)
         if self._mapping is not None:
-            if self.before_read is not None:
-                self.before_read(offset, length)
             syscalls.memcpy(target, self.address + offset, length)
             return bytes(result)
         local = np.array([[target, length]], np.uint64)
@@ -180,8 +183,12 @@ class Region:
         """Writes pieces of `size` bytes at addresses `sources` to `offsets`, both of shape (n,).
 
         Over whatever is there; for memory that is not registered, or is present: nothing is
-        woken, and a missing registered page would be waited for here.
+        woken, and a missing registered page would be waited for here: EDEADLK in the thread that
+        serves it.
         """
+        if self.before_read is not None:
+            for offset in offsets.tolist():
+                self.before_read(offset, size)
         for first in range(0, len(sources), syscalls.IOV_MAX):
             part = slice(first, first + syscalls.IOV_MAX)
             local = np.empty((len(sources[part]), 2), np.uint64)

@@ -8,6 +8,7 @@ Failures raise `UserfaultError` with the call's name.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import platform
@@ -18,6 +19,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 _USERFAULTFD_NUMBER = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
 
+PROT_NONE = 0
 MAP_FAILED = ctypes.c_void_p(-1).value
 MADV_REMOVE = 9
 MADV_DONTFORK = 10
@@ -74,16 +76,28 @@ def _check(result: int, operation: str, detail: str = "") -> int:
 
 
 def userfaultfd(flags: int) -> int:
-    """userfaultfd(2): a new descriptor."""
+    """userfaultfd(2): a new descriptor. ENOSYS too where its number is not known here."""
     number = _USERFAULTFD_NUMBER.get(platform.machine())
     if number is None:
-        raise NotImplementedError(f"number of userfaultfd(2) on {platform.machine()} is unknown")
+        raise UserfaultError(
+            "userfaultfd",
+            errno.ENOSYS,
+            os.strerror(errno.ENOSYS),
+            f"the number of the call on {platform.machine()} is not known here",
+            "give access to /dev/userfaultfd, which needs no number (Linux 6.1)",
+        )
     return _check(_libc.syscall(ctypes.c_long(number), ctypes.c_int(flags)), "userfaultfd")
 
 
-def map_memory(length: int, flags: int, fd: int = -1, offset: int = 0) -> int:
-    """mmap(2), readable and writable; returns the address."""
-    address: int = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
+def map_memory(
+    length: int,
+    flags: int,
+    fd: int = -1,
+    offset: int = 0,
+    protection: int = mmap.PROT_READ | mmap.PROT_WRITE,
+) -> int:
+    """mmap(2), readable and writable unless told otherwise; returns the address."""
+    address: int = _libc.mmap(None, length, protection, flags, fd, offset)
     if address == MAP_FAILED:
         raise system_error("mmap", f"{length} bytes, flags {flags:#x}")
     return address

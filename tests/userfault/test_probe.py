@@ -15,7 +15,7 @@ from postcopy_proto.userfault import descriptor, syscalls
 from postcopy_proto.userfault.descriptor import Userfaultfd
 from postcopy_proto.userfault.mapping import Mapping
 from postcopy_proto.userfault.probe import FULL, USER_MODE_ONLY, ProbeResult, probe
-from tests.userfault.support import PAGE, unprivileged
+from tests.userfault.support import PAGE, run_python, unprivileged
 
 pytestmark = pytest.mark.userfault
 
@@ -123,6 +123,26 @@ def test_no_userfaultfd_at_all(
 
 
 _MACHINES = ("x86_64", "aarch64", "riscv64", "ppc64le", "s390x")
+
+
+def test_a_machine_whose_system_call_has_no_number_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptor, "DEVICE", "/dev/no-such-userfaultfd")
+    monkeypatch.setattr(syscalls, "_USERFAULTFD_NUMBER", {})
+    result = probe()
+    assert not result.supported
+    assert any("not known here" in reason for reason in result.reasons)
+
+
+def test_host_pages_of_another_size() -> None:
+    """Sixteen of the pages of this machine as one: what is mapped for a check is of host pages."""
+    code = (
+        "import mmap\n"
+        "mmap.PAGESIZE *= 16\n"
+        "from postcopy_proto.userfault.probe import probe\n"
+        "print(next(check.ok for check in probe().checks if check.name == 'shared-memory'))"
+    )
+    result = run_python(code)
+    assert result.stdout == "True\n", result.stderr
 
 
 def test_target_pages_bigger_than_the_hosts_are_refused() -> None:

@@ -16,9 +16,10 @@ from postcopy_proto.errors import UserfaultError
 from postcopy_proto.ramblock import RAMBlock
 from postcopy_proto.userfault import syscalls
 from postcopy_proto.userfault.backend import Backend
+from postcopy_proto.userfault.descriptor import Userfaultfd
 from postcopy_proto.userfault.mapping import Backing, Mapping
 from postcopy_proto.userfault.region import Region
-from tests.userfault.support import HUGE, MIB, PAGE, batch, content, resident_pages
+from tests.userfault.support import HUGE, MIB, PAGE, batch, content, resident_pages, run_python
 
 pytestmark = pytest.mark.userfault
 
@@ -80,8 +81,9 @@ def test_part_of_a_file() -> None:
     region.mapping.discard(PAGE, PAGE)
     assert os.pread(fd, 8 * PAGE, 0) == b"x" * 3 * PAGE + bytes(PAGE) + b"x" * 4 * PAGE
     assert region.read(0, 2 * PAGE) == b"x" * PAGE + bytes(PAGE)
-    with pytest.raises(ValueError, match="no multiple"):
-        Region.of_file(block, fd, 5)
+    for offset in (5, -PAGE):
+        with pytest.raises(ValueError, match="no multiple"):
+            Region.of_file(block, fd, offset)
     with pytest.raises(ValueError, match="shorter"):
         Region.of_file(block, fd, 6 * PAGE)
     region.close()
@@ -99,6 +101,54 @@ def test_sizes_that_do_not_fit() -> None:
         Mapping.create(PAGE, PAGE, Backing.FILE)
     with pytest.raises(ValueError, match="no multiple"):
         Region(RAMBlock("ram", PAGE + 1), 0, Region.create(RAMBlock("x", PAGE)).owner)
+
+
+@pytest.mark.parametrize("backing", SMALL_BACKINGS)
+def test_lengths_that_no_mapping_can_have(backing: Backing) -> None:
+    # mmap would take them modulo 2**64.
+    for length in (2**64 + PAGE, 2**63, 0, -PAGE):
+        with pytest.raises(ValueError, match="length"):
+            Mapping.create(length, PAGE, backing)
+
+
+def _open_files() -> list[str]:
+    return sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names are all that is wanted
+
+
+def test_a_file_that_must_not_grow_is_an_error_and_is_closed() -> None:
+    code = (
+        "import os, resource, signal\n"
+        "from postcopy_proto.errors import UserfaultError\n"
+        "from postcopy_proto.userfault.mapping import Backing, Mapping\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "before = os.listdir('/proc/self/fd')\n"
+        "try: Mapping.create(1 << 24, 4096, Backing.MEMFD)\n"
+        "except UserfaultError as error: print(error)\n"
+        "print(os.listdir('/proc/self/fd') == before)"
+    )
+    result = run_python(code)
+    assert result.stdout == "ftruncate: File too large (16777216 bytes)\nTrue\n", result.stderr
+
+
+def test_a_descriptor_that_is_not_open_is_a_typed_error() -> None:
+    fd = os.open("/dev/null", os.O_RDONLY)
+    os.close(fd)
+    with pytest.raises(UserfaultError) as caught:
+        Mapping.of_file(fd, 0, PAGE, PAGE)
+    assert caught.value.errno == errno.EBADF
+
+
+@pytest.mark.hugetlb
+def test_pages_smaller_than_those_of_the_file_are_refused(huge_pages: int) -> None:
+    fd = os.memfd_create("ram", os.MFD_HUGETLB)
+    os.ftruncate(fd, 2 * HUGE)
+    before = _open_files()
+    with pytest.raises(ValueError, match=f"{HUGE} bytes.*{PAGE} bytes"):
+        Region.of_file(RAMBlock("ram", HUGE), fd)
+    assert _open_files() == before
+    Region.of_file(RAMBlock("ram", HUGE, HUGE), fd, HUGE).close()
+    os.close(fd)
 
 
 def test_no_memory_is_an_error_that_names_the_call() -> None:
@@ -211,6 +261,45 @@ def test_read_waits_without_the_gil_and_refuses_to_wait_for_itself(user_mode_onl
     backend.cleanup()
     assert region.read(0, PAGE) == bytes(PAGE)
     region.close()
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_guest_process_is_not_waited_for_by_who_serves_it(full: bool) -> None:
+    """In a process of its own: with a full descriptor the wait would have no end."""
+    code = """
+import sys
+import numpy as np
+from postcopy_proto.errors import UserfaultError
+from postcopy_proto.net.guest import GuestProcess
+from postcopy_proto.ramblock import RAMBlock
+from postcopy_proto.userfault.backend import Backend
+full = sys.argv[1] == "True"
+with GuestProcess.start([RAMBlock("ram", 4 * 4096)], user_mode_only=not full) as guest:
+    backend = Backend(guest.regions)
+    backend.incoming_init()
+    backend.enable_notify()
+    region, page = guest.regions[0], np.full(4096, 7, np.uint8)
+    backend.place_page("ram", 0, page.ctypes.data)
+    print(region.read(4088, 8))
+    for call, arguments in (
+        (region.read, (4088, 16)),
+        (region.write, (np.array([0, 4096]), np.array([page.ctypes.data] * 2), 4096)),
+    ):
+        try:
+            call(*arguments)
+        except UserfaultError as error:
+            print(error.errno)
+    print(backend.missing("ram", 0, 3 * 4096))
+    backend.cleanup()
+"""
+    if full:
+        try:
+            Userfaultfd.open().close()
+        except PermissionError as error:
+            pytest.skip(f"no full descriptor here: {error}")
+    result = run_python(code, str(full))
+    expected = [repr(bytes([7] * 8)), f"{errno.EDEADLK}", f"{errno.EDEADLK}", "[4096, 8192]"]
+    assert result.stdout.splitlines() == expected, result.stderr
 
 
 def test_huge_pages_are_split_before_discards() -> None:
