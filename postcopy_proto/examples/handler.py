@@ -18,15 +18,18 @@ from postcopy_proto.errors import PostcopyError
 from postcopy_proto.net.handover import Handover, receive_handover
 from postcopy_proto.userfault.backend import Backend
 
+PATIENCE_SECONDS = 1.0
+"""How long the VMM's end may take to show."""
+
 
 def serve(handover: Handover, memory_file: Path) -> Backend:
     """Answers every fault until the VMM has ended; returns the backend, for its statistics.
 
     A VMM that can't be served is ended: that beats one that hangs, or that reads zeros.
     """
-    with open(memory_file, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
+        with open(memory_file, "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         needed = max(region.offset + region.size for region in handover.described)
         if needed > len(memory):
             raise ValueError(f"{memory_file} has {len(memory):,} bytes, the VM {needed:,}")
@@ -36,25 +39,36 @@ def serve(handover: Handover, memory_file: Path) -> Backend:
             for region, described in zip(handover.regions, handover.described, strict=True)
         }
         backend = Backend(handover.regions)
-        backend.enable_notify()
-        answer = backend.answering(sources)
-        poll = select.poll()
-        poll.register(backend.fileno(), select.POLLIN)
-        poll.register(handover.pidfd, select.POLLIN)
-        while True:
-            ready = dict(poll.poll())
-            if handover.pidfd in ready:
-                break
-            try:
-                answer()
-            except PostcopyError:
-                if not select.select([handover.pidfd], [], [], 1)[0]:
-                    raise
-        backend.cleanup()
-        return backend
     except BaseException:
         handover.kill_owner()
         raise
+    try:
+        answer_faults(backend, sources, handover)
+    except BaseException:
+        handover.kill_owner()
+        handover.owner_ended(PATIENCE_SECONDS)
+        raise
+    finally:
+        # Not before the VMM has ended: whoever still waits is let go, and would read zeros.
+        backend.cleanup()
+    return backend
+
+
+def answer_faults(backend: Backend, sources: dict[str, int], handover: Handover) -> None:
+    """Until the VMM has ended. `sources` has the address of each block's bytes here."""
+    backend.enable_notify()
+    answer = backend.answering(sources)
+    poll = select.poll()
+    poll.register(backend.fileno(), select.POLLIN)
+    poll.register(handover.pidfd, select.POLLIN)
+    # What was read in the middle of a placement makes the descriptor readable no more.
+    while handover.pidfd not in dict(poll.poll(0 if backend.pending else None)):
+        try:
+            answer()
+        except PostcopyError:
+            # It ends while it is being served: that is how it should be.
+            if not handover.owner_ended(PATIENCE_SECONDS):
+                raise
 
 
 def main() -> int:

@@ -74,6 +74,13 @@ class Target(Protocol):
     def read_faults(self) -> list[tuple[str, int]]:
         """(idstr, byte offset) of every host page that somebody waits for."""
 
+    @property
+    def pending(self) -> bool:
+        """Whether `read_faults` has something to report though the userfaultfd is not readable.
+
+        Asked from `listen` on.
+        """
+
     def tick(self) -> None:
         """Called a few times a second."""
 
@@ -153,7 +160,7 @@ class DestinationLoop:
             Channel.PREEMPT: memoryview(bytearray(TransferMode.LATENCY.value)),
         }
         self._out = bytearray()
-        self._flushing = False
+        self._forward_events = 0
         self._discarding = False
         self._poll = select.poll()
         self._urgent_poll = select.poll()
@@ -187,7 +194,7 @@ class DestinationLoop:
         limit_buffer(self._listener.socket, socket.SO_RCVBUF, self._mode)
         self._forward = self._listener.accept(self._accept_timeout)
         self._forward.setblocking(False)
-        self._poll.register(self._forward, select.POLLIN)
+        self._watch_forward()
         self._poll.register(self._listener, select.POLLIN)
         self._last_heard = self.statistics.connected_at = time.monotonic()
 
@@ -199,7 +206,7 @@ class DestinationLoop:
 
     def _turn(self) -> None:
         """Once round: wait, then faults, urgent pages, background, in this order."""
-        ready = dict(self._poll.poll(TICK_SECONDS * 1000))
+        ready = dict(self._poll.poll(0 if self._faults_pending() else TICK_SECONDS * 1000))
         self._attend(ready)
         if self._listener.fileno() in ready:
             self._accept_preempt()
@@ -216,10 +223,14 @@ class DestinationLoop:
 
     def _attend(self, ready: Container[int]) -> None:
         """Faults, and pages that somebody waits for."""
-        if self._faults_fd in ready:
+        if self._faults_fd in ready or self._faults_pending():
             self._serve_faults()
         if self._preempt is not None and self._preempt.fileno() in ready:
             self._read(self._preempt, Channel.PREEMPT)
+
+    def _faults_pending(self) -> bool:
+        """Whether faults wait that no poll shows: read in the middle of a placement."""
+        return self._listening and self._target.pending
 
     def _tick(self) -> None:
         """What is looked at now and then only."""
@@ -280,7 +291,7 @@ class DestinationLoop:
 
     def _awaited(self) -> bool:
         """Whether somebody waits for a page."""
-        return self._listening and self._connection.outstanding > 0
+        return self._faults_pending() or (self._listening and self._connection.outstanding > 0)
 
     def _read_plain(
         self, sock: socket.socket, channel: Channel, size: int, *, patient: bool
@@ -439,10 +450,22 @@ class DestinationLoop:
                 pass
             except OSError as error:
                 raise TransportError(f"return path: {error.strerror or error}") from error
-        if bool(self._out) != self._flushing:
-            self._flushing = bool(self._out)
-            wanted = select.POLLIN | (select.POLLOUT if self._flushing else 0)
-            self._poll.modify(self._forward, wanted)
+        self._watch_forward()
+
+    def _watch_forward(self) -> None:
+        """Look at the first connection for what it can still bring, and take.
+
+        Nothing more is read once the stream has ended. If it were still watched while requested
+        pages are on their way, a source that has closed it would end every wait at once.
+        """
+        assert self._forward is not None
+        wanted = 0 if self._connection.ended else select.POLLIN
+        wanted |= select.POLLOUT if self._out else 0
+        if wanted and wanted != self._forward_events:
+            self._poll.register(self._forward, wanted)
+        elif self._forward_events and not wanted:
+            self._poll.unregister(self._forward)
+        self._forward_events = wanted
 
     def _say_goodbye(self) -> None:
         """SHUT 0, then let the source close first."""

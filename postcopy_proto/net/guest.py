@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from postcopy_proto.errors import PostcopyError, UserfaultError
+from postcopy_proto.net.handover import receive_fds
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE, RAMBlock
 from postcopy_proto.userfault.abi import Features
 from postcopy_proto.userfault.descriptor import Userfaultfd
@@ -207,7 +208,11 @@ class GuestProcess(Owner):
         answer, fds = self._ask("open", features=int(features), user_mode_only=mode)
         if len(fds) != 1:
             raise GuestError("the guest sent no userfaultfd")
-        return Userfaultfd.from_fd(fds[0], user_mode_only=answer["user_mode_only"]), False
+        try:
+            return Userfaultfd.from_fd(fds[0], user_mode_only=answer["user_mode_only"]), False
+        except BaseException:
+            os.close(fds[0])
+            raise
 
     def available_features(self) -> Features:
         """Of the guest's kernel and privileges."""
@@ -216,6 +221,7 @@ class GuestProcess(Owner):
 
     def discard(self, region: Region, start: int, length: int) -> None:
         """Queued; sent by the thousand, and by `flush`."""
+        self._open_control()
         queue = self._discards.setdefault(self._index(region), [])
         queue.append((start, length))
         self._unflushed = True
@@ -314,7 +320,11 @@ class GuestProcess(Owner):
         return indexes, np.concatenate(lists)
 
     def read(self, block: str, offset: int = 0, length: int | None = None) -> bytes:
-        """The guest's memory; missing pages of it are zero once the backend was cleaned up."""
+        """The guest's memory; missing pages of it are zero once the backend was cleaned up.
+
+        GuestError once it was closed.
+        """
+        self._open_control()  # its process id may be another's by then
         region = next(region for region in self.regions if region.block.idstr == block)
         if length is None:
             length = region.block.used_length - offset
@@ -324,7 +334,13 @@ class GuestProcess(Owner):
 
     def fileno(self) -> int:
         """Readable when `receive` has something to take: a finished touch, or the guest's end."""
-        return self._control.fileno()
+        return self._open_control().fileno()
+
+    def _open_control(self) -> socket.socket:
+        """The control socket; GuestError after `close`."""
+        if self._control.fileno() < 0:
+            raise GuestError(f"guest process {self.pid} was closed")
+        return self._control
 
     @property
     def returncode(self) -> int | None:
@@ -336,9 +352,10 @@ class GuestProcess(Owner):
 
         GuestError, saying how it ended, when it is no more.
         """
-        self._control.settimeout(timeout)
+        control = self._open_control()
+        control.settimeout(timeout)
         try:
-            data, fds, _, _ = socket.recv_fds(self._control, _MESSAGE_MAX, 1)
+            data, fds = receive_fds(control, _MESSAGE_MAX, 1)
         except (BlockingIOError, TimeoutError):
             return
         except ConnectionError:
@@ -366,9 +383,10 @@ class GuestProcess(Owner):
 
     def _send(self, operation: str, fds: Sequence[int] = (), **fields: Any) -> None:
         message = json.dumps({"op": operation, **fields}).encode()
-        self._control.settimeout(_ANSWER_SECONDS)
+        control = self._open_control()
+        control.settimeout(_ANSWER_SECONDS)
         try:
-            socket.send_fds(self._control, [message], list(fds))
+            socket.send_fds(control, [message], list(fds))
         except ConnectionError:
             raise self.how_it_ended() from None
         except TimeoutError:
@@ -391,7 +409,13 @@ class GuestProcess(Owner):
         return answer, received
 
     def close(self) -> None:
-        """Ends the guest, waiting threads and all; doing it again is fine."""
+        """Ends the guest, waiting threads and all; doing it again is fine.
+
+        What was asked of it and not done yet is forgotten: there is no memory to do it to. Asking
+        for more is a GuestError.
+        """
+        self._discards.clear()
+        self._unflushed = False
         if self._control.fileno() >= 0:
             # Its main thread answers at once; a thread that waits for a page can't be asked.
             try:
@@ -404,6 +428,10 @@ class GuestProcess(Owner):
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        for _, fds in self._answers:
+            for fd in fds:
+                os.close(fd)
+        self._answers.clear()
 
     def __enter__(self) -> Self:
         return self

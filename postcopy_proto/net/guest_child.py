@@ -14,7 +14,8 @@ thread goes on answering. One message each way is a packet of JSON, with descrip
     {"op": "close"}                                      the process exits with 0
 
 A failure answers {"error": [operation, errno, strerror, detail, advice]}. When the other side goes
-away the process exits with `ORPHANED`: its memory would never fill.
+away the process exits with `ORPHANED`: its memory would never fill. A bug here ends it with
+`BROKEN` and a traceback.
 
 The memory file of a touch holds three arrays of `count` 64-bit integers: addresses to read, how
 many nanoseconds each read took (0: not yet), and the 8 bytes that were read.
@@ -44,6 +45,8 @@ from postcopy_proto.userfault.mapping import Backing, Mapping
 
 ORPHANED = 70
 """Exit status when the process that serves the memory has gone."""
+BROKEN = 71
+"""Exit status of a guest that came upon a bug of its own."""
 MESSAGE_MAX = 64 * 1024
 """Bytes of one message."""
 
@@ -72,15 +75,17 @@ class _Guest:
         silent = operation in ("discard", "huge_pages", "lock_memory")
         try:
             answer, answer_fds = getattr(self, f"_do_{operation}")(*fds, **message)
-        except (UserfaultError, ValueError) as failure:
-            error = failure
-            if not isinstance(error, UserfaultError):
-                error = UserfaultError(operation, errno.EINVAL, str(failure))
+        except Exception as failure:
+            # Whatever it is: who asked is told, instead of seeing nothing but our end.
+            error = _as_userfault_error(operation, failure)
             if silent:
                 self._failure = self._failure or error
             else:
                 self._send_error(error)
             return
+        finally:
+            for fd in fds:
+                os.close(fd)
         if not silent:
             self._send(answer, answer_fds)
 
@@ -139,7 +144,6 @@ class _Guest:
         self, plan: int, count: int, threads: int
     ) -> tuple[dict[str, Any], tuple[int, ...]]:
         memory = mmap.mmap(plan, count * 24)
-        os.close(plan)
         left = [threads]
         lock = threading.Lock()
 
@@ -154,6 +158,16 @@ class _Guest:
         for first in range(threads):
             threading.Thread(target=work, args=(first,), daemon=True).start()
         return {}, ()
+
+
+def _as_userfault_error(operation: str, failure: Exception) -> UserfaultError:
+    """What a command failed with, in the one form that is sent."""
+    if isinstance(failure, UserfaultError):
+        return failure
+    if isinstance(failure, OSError) and failure.errno is not None:
+        return UserfaultError(operation, failure.errno, os.strerror(failure.errno))
+    text = str(failure) if isinstance(failure, ValueError) else repr(failure)
+    return UserfaultError(operation, errno.EINVAL, text)
 
 
 def _touch(memory: mmap.mmap, count: int, first: int, step: int) -> None:
@@ -183,6 +197,7 @@ def main(fd: int, parent: int) -> None:
     except ConnectionError:
         pass
     except Exception:
+        status = BROKEN
         traceback.print_exc()
     finally:
         # Threads may wait for pages that nobody will place: no interpreter shutdown.

@@ -18,17 +18,19 @@ hangs, or one that reads zeros. (docs/snapshotting/handling-page-faults-on-snaps
 
 from __future__ import annotations
 
+import array
 import errno
 import json
 import mmap
 import os
+import re
 import select
 import signal
 import socket
 import struct
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
@@ -43,10 +45,18 @@ MESSAGE_MAX: Final = 1 << 20
 """Most bytes of a description."""
 REGIONS_MAX: Final = 4096
 """Most regions in one."""
+TOTAL_MAX: Final = 1 << 45
+"""Most bytes of all regions together, 32 TiB: a bitmap of their pages takes 1 GiB here."""
+PAGE_SIZE_MAX: Final = 1 << 30
+"""Biggest host page in bytes; one of them is mapped here where pages are brought together."""
 _ADDRESS_END: Final = 1 << 63
 _FDS_MAX: Final = 8
 """descriptors taken from one message; all beyond the first are an error, and closed"""
 _PEER_CREDENTIALS: Final = struct.Struct("=iII")
+SO_PEERPIDFD: Final = 77
+"""getsockopt's option for a pidfd of the peer, Linux 6.5 and later (asm-generic/socket.h)"""
+_JSON_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
+"""one, or as much of it as there is"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +124,18 @@ class Handover:
     """What was received: `regions` for a Backend, which begins with `enable_notify`."""
 
     def __init__(
-        self, connection: socket.socket, uffd: Userfaultfd, described: Sequence[HandedRegion]
+        self,
+        connection: socket.socket,
+        uffd: Userfaultfd,
+        described: Sequence[HandedRegion],
+        pidfd: int,
     ) -> None:
         self.connection = connection
         """readable at the owner's end: it never says anything else"""
         self.uffd = uffd
         self.described = tuple(described)
-        pid, _, _ = _PEER_CREDENTIALS.unpack(
-            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-        )
-        self.owner = HandedOwner(pid, uffd)
-        self.pidfd = os.pidfd_open(pid)
+        self.owner = HandedOwner(_peer_pid(connection), uffd)
+        self.pidfd = pidfd
         """becomes readable when the owner has exited"""
         self.regions = [
             Region(
@@ -135,6 +146,10 @@ class Handover:
             for region in described
         ]
         """named by their offset in the VM's memory file: memory@0x0"""
+
+    def owner_ended(self, timeout: float = 0) -> bool:
+        """Whether the owner has exited, after waiting up to `timeout` seconds for that."""
+        return _readable(self.pidfd, timeout)
 
     def kill_owner(self) -> None:
         """Ends a VMM that can't be served any more, by SIGKILL."""
@@ -177,46 +192,110 @@ def hand_over(
 def receive_handover(connection: socket.socket, timeout: float = 5.0) -> Handover:
     """The handler's half, on an accepted Unix stream connection; takes it over.
 
-    RemoteProtocolError when the description is malformed, does not come in `timeout` seconds, or
-    comes without a userfaultfd. Everything received is closed then, the connection too.
+    The userfaultfd is made non-blocking, at the VMM's end too: they are one. RemoteProtocolError
+    when the description is malformed, does not come in `timeout` seconds, comes without a
+    userfaultfd, or the VMM has ended. Everything received is closed then, the connection too.
     """
     fds: list[int] = []
-    try:
+    with ExitStack() as opened:
+        opened.enter_context(connection)
+        opened.callback(_close_all, fds)
         message = _receive(connection, fds, time.monotonic() + timeout)
         regions = parse_description(message)
-        if len(fds) != 1:
-            _reject(f"{len(fds)} descriptors came with the description instead of 1")
-        try:
-            uffd = Userfaultfd.from_fd(fds[0])
-        except ValueError as error:
-            _reject(str(error))
+        uffd = opened.enter_context(_adopt(fds[0]))
         fds.clear()
+        pidfd = _open_peer(connection)
+        opened.callback(os.close, pidfd)
+        handover = Handover(connection, uffd, regions, pidfd)
+        if handover.owner_ended():
+            _reject("the process that sent it has ended", ErrorKind.TRUNCATED)
+        opened.pop_all()
+    return handover
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _adopt(fd: int) -> Userfaultfd:
+    """The userfaultfd that came, or RemoteProtocolError: then `fd` is still the caller's."""
+    try:
+        uffd = Userfaultfd.from_fd(fd)
+    except ValueError as error:
+        _reject(str(error))
+    # A blocking one is never reported as readable, and its read would wait for ever.
+    os.set_blocking(fd, False)
+    return uffd
+
+
+def _peer_pid(connection: socket.socket) -> int:
+    """Who connected, as the kernel noted it."""
+    credentials = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size
+    )
+    pid: int = _PEER_CREDENTIALS.unpack(credentials)[0]
+    return pid
+
+
+def _open_peer(connection: socket.socket) -> int:
+    """A pidfd of who connected; RemoteProtocolError when there is none to be had."""
+    try:
         try:
-            return Handover(connection, uffd, regions)
-        except BaseException:
-            uffd.close()
-            raise
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        connection.close()
-        raise
+            return connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+        # An older kernel: here the number may by now be another process's.
+        return os.pidfd_open(_peer_pid(connection))
+    except OSError as error:
+        _reject(
+            f"the process that sent it has ended, or is not visible here: {error.strerror}",
+            ErrorKind.TRUNCATED,
+        )
+
+
+def _readable(fd: int, timeout: float) -> bool:
+    """Whether `fd` can be read or has ended, after waiting up to `timeout` seconds for that."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
+def receive_fds(connection: socket.socket, size: int, count: int) -> tuple[bytes, list[int]]:
+    """Up to `size` bytes and `count` descriptors, which no program started from here inherits.
+
+    `socket.recv_fds` can't say so: it drops its flags.
+    """
+    fds = array.array("i")
+    data, ancillary, _, _ = connection.recvmsg(
+        size, socket.CMSG_LEN(count * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, fds.tolist()
 
 
 def _receive(connection: socket.socket, fds: list[int], deadline: float) -> bytes:
-    """Reads until a whole JSON array and a descriptor are there.
+    """Reads until a whole JSON value and one descriptor are there.
 
     Normally one message brings both; some senders' descriptor comes with a later one.
     """
     message = bytearray()
-    while not (fds and message.rstrip().endswith(b"]")):
+    while not (fds and _is_whole(message)):
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([connection], [], [], left)[0]:
+        if left <= 0 or not _readable(connection.fileno(), left):
             what = "description" if not message else "userfaultfd" if not fds else "rest"
             _reject(f"the {what} did not come in time", ErrorKind.TIMEOUT)
-        data, new, _, _ = socket.recv_fds(connection, 65536, _FDS_MAX)
+        try:
+            data, new = receive_fds(connection, 65536, _FDS_MAX)
+        except ConnectionError:
+            data, new = b"", []
         fds += new
         message += data
+        if len(fds) > 1:
+            _reject(f"{len(fds)} descriptors came with the description instead of 1")
         if not data:
             _reject("the connection ended before the handover was complete", ErrorKind.TRUNCATED)
         if len(message) > MESSAGE_MAX:
@@ -224,10 +303,18 @@ def _receive(connection: socket.socket, fds: list[int], deadline: float) -> byte
     return bytes(message)
 
 
+def _is_whole(message: bytearray) -> bool:
+    """Whether every bracket is closed, and there is something at all."""
+    bare = _JSON_STRING.sub(b"", message)
+    opened = bare.count(b"[") + bare.count(b"{")
+    return bool(message.strip()) and opened <= bare.count(b"]") + bare.count(b"}")
+
+
 def parse_description(message: bytes) -> list[HandedRegion]:
     """The regions of a description; RemoteProtocolError when they can't be regions.
 
-    Each is whole pages at a page boundary, and none overlaps another.
+    Each is whole pages at a page boundary, none overlaps another, and together they are no more
+    than TOTAL_MAX bytes.
     """
     try:
         entries = json.loads(message)
@@ -243,6 +330,8 @@ def parse_description(message: bytes) -> list[HandedRegion]:
         if region.base_host_virt_addr < end:
             _reject(f"the region at {region.base_host_virt_addr:#x} overlaps another")
         end = region.base_host_virt_addr + region.size
+    if (total := sum(region.size for region in regions)) > TOTAL_MAX:
+        _reject(f"{total:#x} bytes, more than {TOTAL_MAX:#x}", ErrorKind.LIMIT)
     if len({region.offset for region in regions}) != len(regions):
         _reject("two regions have one offset")
     return regions
@@ -257,6 +346,8 @@ def _parse_region(entry: Any) -> HandedRegion:
     page_size = _figure(entry, "page_size" if "page_size" in entry else "page_size_kib")
     if not is_power_of_two(page_size) or page_size < mmap.PAGESIZE:
         _reject(f"page size {page_size} is no power of 2 of at least {mmap.PAGESIZE}")
+    if page_size > PAGE_SIZE_MAX:
+        _reject(f"page size {page_size}, more than {PAGE_SIZE_MAX}", ErrorKind.LIMIT)
     if size == 0 or (address | size) % page_size:
         _reject(
             f"{address:#x} + {size:#x} are no whole pages of {page_size} bytes", ErrorKind.RANGE
@@ -269,7 +360,9 @@ def _parse_region(entry: Any) -> HandedRegion:
 def _figure(entry: dict[str, Any], name: str) -> int:
     value = entry.get(name)
     if type(value) is not int or not 0 <= value < _ADDRESS_END:
-        _reject(f"{name} is {value!r:.40}, no figure of bytes")
+        # A list or an object is not shown: it may be nested too deep for that.
+        shown = type(value).__name__ if isinstance(value, list | dict) else f"{value!r:.40}"
+        _reject(f"{name} is {shown}, no figure of bytes")
     return value
 
 

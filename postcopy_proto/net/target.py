@@ -119,6 +119,11 @@ class GuestTarget:
         except OwnerGoneError as error:
             raise self.guest.how_it_ended() from error
 
+    @property
+    def pending(self) -> bool:
+        """Whether faults wait in the backend, which the userfaultfd does not show."""
+        return self.backend.pending
+
     def tick(self) -> None:
         """Notice a process that died."""
         if self._guest is not None:
@@ -132,9 +137,12 @@ class GuestTarget:
             self.touch.wait(TOUCH_SECONDS)
 
     def close(self) -> None:
-        """End the process; nothing of it remains."""
+        """End the process; nothing of it remains, nor of what served it."""
         if self._guest is not None:
             self._guest.close()
+        # Only then: it lets go whoever still waits for a page, to read zeros.
+        if self._backend is not None:
+            self._backend.cleanup()
 
 
 class FileTarget:
@@ -211,6 +219,11 @@ class FileTarget:
         """The guest's faults."""
         return self._guest.read_faults() if self._guest is not None else []
 
+    @property
+    def pending(self) -> bool:
+        """The guest's, if there is one."""
+        return self._guest is not None and self._guest.pending
+
     def tick(self) -> None:
         """Notice a guest that died."""
         if self._guest is not None:
@@ -234,10 +247,12 @@ class FileTarget:
 
     def close(self) -> None:
         """End the guest; bring the file to disk, or remove it if it was not finished."""
-        if self._guest is not None:
-            self._guest.close()
-        if self._sink is not None:
-            self._sink.close()
+        try:
+            if self._guest is not None:
+                self._guest.close()
+        finally:
+            if self._sink is not None:
+                self._sink.close()
 
 
 def compare(

@@ -6,8 +6,12 @@ POSTCOPY_SOAK=N repeats every combination N times.
 from __future__ import annotations
 
 import os
+import select
+import socket
 import threading
-from contextlib import ExitStack
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,7 @@ from numpy.typing import NDArray
 
 from postcopy_proto import messages as m
 from postcopy_proto.destination import DestinationConnection
-from postcopy_proto.errors import Channel
+from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
 from postcopy_proto.net.demo_source import LiveMemory
 from postcopy_proto.net.destination_loop import DestinationLoop
 from postcopy_proto.net.guest import GuestProcess, Touch
@@ -120,3 +124,133 @@ def migrate(address: str, seed: int, mode: TransferMode, *, preempt: bool) -> No
     assert found.requests > 0
     assert found.pages + found.zero_pages == sum(map(len, memory.values()))
     assert preempt or not found.urgent_pages
+
+
+# ---- faults that no poll shows
+
+
+class Interrupted(GuestTarget):
+    """Its guest touches a page and drops another just when a third is placed.
+
+    COPY stops until the event is read, and with it the fault that waits: the userfaultfd is not
+    readable for its sake any more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(lambda guest, connection: None)
+        self.was_pending = False
+
+    def place(self, pages: m.Pages, channel: Channel) -> None:
+        if self.touch is not None:
+            super().place(pages, channel)
+            return
+        self.touch = self.guest.touch({"pc.ram": np.array([24 * MIB - 4096])})
+        poll = select.poll()
+        poll.register(self.backend.fileno(), select.POLLIN)
+        assert poll.poll(10_000), "the guest touches a page"
+        region = self.guest.regions[0]
+        self.guest.discard(region, 24 * MIB - 8192, 4096)
+        self.guest.advise_huge_pages(region, False)
+        until(lambda: state(self.guest.pid) == "D", "the guest waits for the event to be read")
+        super().place(pages, channel)
+        self.was_pending = self.pending
+
+
+def until(reached: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.001)
+
+
+def state(pid: int) -> str:
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rsplit(")", 1)[1].split()[0]
+
+
+def test_a_fault_read_in_the_middle_of_a_placement_is_asked_for() -> None:
+    memory = contents(5)
+    memory["pc.ram"][-2] = 0
+    target = Interrupted()
+    with Listener(parse_address("tcp:127.0.0.1:0")) as listener:
+        arguments = (str(listener.address), memory, TransferMode.LATENCY, False)
+        source = threading.Thread(target=send, args=arguments)
+        source.start()
+        try:
+            found = DestinationLoop(
+                listener, DestinationConnection(), target, mode=TransferMode.LATENCY
+            ).run()
+            compare(
+                target.guest,
+                BLOCKS,
+                lambda name, at, size: memory[name].reshape(-1)[at : at + size].tobytes(),
+            )
+        finally:
+            target.close()
+        source.join(30)
+    assert target.was_pending
+    assert found.faults == found.requests == 1
+
+
+# ---- the forward channel has ended, and a page is still on its way
+
+
+def send_the_page_asked_for_late(address: str, silent: float, *, send_it: bool) -> None:
+    """All but that page, the end, a closed forward channel; the page after `silent` seconds."""
+    block = RAMBlock("pc.ram", MIB)
+    store = LiveMemory([(block, np.full((256, 4096), 7, np.uint8))])
+    source = SourceConnection(store, m.Configuration("test"), preempt=True)
+    with (
+        connect(parse_address(address), timeout=30) as forward,
+        connect(parse_address(address), timeout=30) as preempt,
+    ):
+        forward.sendall(source.start())
+        for piece in source.switchover(None, b""):
+            forward.sendall(piece)
+        while not source.has_requests:
+            source.receive_data(forward.recv(4096))
+            while not isinstance(source.next_event(), m.NeedData):
+                pass
+        urgent = source.next_batch(background=False)
+        assert urgent is not None
+        while (batch := source.next_batch()) is not None:
+            forward.sendall(batch.data)
+        forward.sendall(source.finish())
+        forward.shutdown(socket.SHUT_WR)
+        time.sleep(silent)
+        if send_it:
+            preempt.sendall(bytes(urgent.data) + source.finish_preempt())
+        with suppress(ConnectionError):
+            while forward.recv(4096):
+                pass
+
+
+@pytest.mark.parametrize("send_it", [True, False], ids=["it comes", "it never comes"])
+def test_a_loop_that_waits_for_a_requested_page_does_not_spin(send_it: bool) -> None:
+    target = GuestTarget(lambda guest, _: guest.touch({"pc.ram": np.array([0])}))
+    silent = 1.5
+    with Listener(parse_address("tcp:127.0.0.1:0")) as listener:
+        source = threading.Thread(
+            target=send_the_page_asked_for_late,
+            args=(str(listener.address), silent if send_it else 0),
+            kwargs={"send_it": send_it},
+        )
+        source.start()
+        loop = DestinationLoop(
+            listener, DestinationConnection(), target, silence=10 if send_it else silent
+        )
+        begin = time.thread_time()
+        try:
+            if send_it:
+                assert loop.run().urgent_pages == 1
+                assert target.touch is not None
+                assert target.touch.words.tolist() == [0x0707070707070707]
+            else:
+                with pytest.raises(RemoteProtocolError, match="silent for") as caught:
+                    loop.run()
+                assert caught.value.kind is ErrorKind.TIMEOUT
+        finally:
+            target.close()
+        assert time.thread_time() - begin < silent / 2
+        source.join(30)
+    assert not source.is_alive()

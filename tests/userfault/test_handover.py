@@ -6,6 +6,7 @@ import ctypes
 import json
 import mmap
 import os
+import resource
 import select
 import signal
 import socket
@@ -14,8 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,8 +25,11 @@ import pytest
 
 from postcopy_proto.errors import ErrorKind, RemoteProtocolError, UserfaultError
 from postcopy_proto.examples import handler
+from postcopy_proto.net import handover as protocol
 from postcopy_proto.net.handover import (
+    PAGE_SIZE_MAX,
     REGIONS_MAX,
+    TOTAL_MAX,
     HandedRegion,
     Handover,
     hand_over,
@@ -88,6 +92,7 @@ def restless_vmm(connection: socket.socket, event: Features) -> int:
         remap = ctypes.CDLL(None).mremap
         remap.restype = ctypes.c_void_p
         remap(ctypes.c_void_p(memory), pages, pages, 3, ctypes.c_void_p(elsewhere))
+        connection.recv(1)
         return 0
     pid = os.fork()
     if pid == 0:
@@ -96,10 +101,23 @@ def restless_vmm(connection: socket.socket, event: Features) -> int:
     return ctypes.string_at(memory, 1)[0]
 
 
+def plain_vmm(connection: socket.socket, *, nonblocking: bool = True, then: str = "touch") -> int:
+    """One with a block of COUNT pages: it touches the first byte, waits for our end, or ends."""
+    mapping = Mapping.create(COUNT * PAGE, PAGE)
+    uffd = Userfaultfd.open(user_mode_only=True, nonblocking=nonblocking)
+    uffd.register(mapping.address, mapping.length)
+    hand_over(connection, uffd, [HandedRegion(mapping.address, mapping.length, 0)])
+    if then == "wait":
+        connection.recv(1)
+    elif then == "touch":
+        word = ctypes.create_string_buffer(8)
+        syscalls.memcpy(ctypes.addressof(word), mapping.address, 8)
+        return word.raw[0]
+    return 0
+
+
 @contextmanager
-def started_vmm(
-    *, wait_for_end: bool = False, event: Features | None = None
-) -> Iterator[tuple[int, socket.socket]]:
+def started(body: Callable[[socket.socket], int]) -> Iterator[tuple[int, socket.socket]]:
     """A VMM that has connected; through a listening socket, so that the kernel names it."""
     with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{folder}/uffd.sock")
@@ -110,10 +128,7 @@ def started_vmm(
             try:
                 with socket.socket(socket.AF_UNIX) as connection:
                     connection.connect(f"{folder}/uffd.sock")
-                    if event is None:
-                        status = vmm(connection, wait_for_end=wait_for_end)
-                    else:
-                        status = restless_vmm(connection, event)
+                    status = body(connection)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -126,6 +141,15 @@ def started_vmm(
                 with suppress(ProcessLookupError, ChildProcessError):
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
+
+
+def started_vmm(
+    *, wait_for_end: bool = False, event: Features | None = None
+) -> AbstractContextManager[tuple[int, socket.socket]]:
+    """A well-behaved one, or with `event` a restless one."""
+    if event is None:
+        return started(lambda connection: vmm(connection, wait_for_end=wait_for_end))
+    return started(lambda connection: restless_vmm(connection, event))
 
 
 def test_a_vmm_is_served_from_its_empty_memory_on() -> None:
@@ -196,6 +220,68 @@ def test_the_example_handler_ends_a_vmm_whose_file_is_too_short(tmp_path: Path) 
         ):
             handler.serve(handover, short)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def test_the_example_handler_ends_a_vmm_whose_file_is_missing(tmp_path: Path) -> None:
+    with started_vmm(wait_for_end=True) as (pid, connection):
+        with receive_handover(connection) as handover, pytest.raises(FileNotFoundError):
+            handler.serve(handover, tmp_path / "none")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def test_the_example_handler_serves_a_vmm_with_a_blocking_userfaultfd(tmp_path: Path) -> None:
+    """A read of it would wait for ever once the VMM has ended, and poll would not show events."""
+    memory = memory_file(tmp_path)
+    with (
+        started(lambda connection: plain_vmm(connection, nonblocking=False)) as (pid, connection),
+        receive_handover(connection) as handover,
+    ):
+        assert not os.get_blocking(handover.uffd.fileno())
+        serving = threading.Thread(target=handler.serve, args=(handover, memory), daemon=True)
+        serving.start()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == memory.read_bytes()[0]
+        serving.join(10)
+        assert not serving.is_alive()
+
+
+def test_the_example_handler_places_what_no_poll_shows() -> None:
+    """Pages that are asked for here, as those whose faults were read amid a placement."""
+    with (
+        started(lambda connection: plain_vmm(connection, then="wait")) as (pid, connection),
+        receive_handover(connection) as handover,
+    ):
+        [region] = handover.regions
+        memory = np.full(COUNT * PAGE, 7, np.uint8)
+        backend = Backend(handover.regions)
+        backend.want(region.block.idstr, 0, 4 * PAGE)
+        sources = {region.block.idstr: memory.__array_interface__["data"][0]}
+        serving = threading.Thread(
+            target=handler.answer_faults, args=(backend, sources, handover), daemon=True
+        )
+        serving.start()
+        deadline = time.monotonic() + 10
+        while backend.stats.pages < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        placed = backend.stats.pages
+        os.kill(pid, signal.SIGKILL)
+        serving.join(10)
+        assert not serving.is_alive()
+        assert placed == 4
+        backend.cleanup()
+
+
+def test_the_example_handler_that_fails_leaves_nothing_open(
+    privileged: None, tmp_path: Path
+) -> None:
+    before = open_descriptors()
+    with started_vmm(event=Features.EVENT_REMAP) as (pid, connection):
+        with (
+            receive_handover(connection) as handover,
+            pytest.raises(UserfaultError, match="moved its RAM"),
+        ):
+            handler.serve(handover, memory_file(tmp_path))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert open_descriptors() == before
 
 
 def test_handed_over_memory_cannot_be_dropped_from_here() -> None:
@@ -318,6 +404,24 @@ def test_descriptions_of_several_firecrackers() -> None:
         (json.dumps([entry(size=PAGE + 1)]).encode(), ErrorKind.RANGE),
         (json.dumps([entry(base_host_virt_addr=1)]).encode(), ErrorKind.RANGE),
         (json.dumps([entry(base_host_virt_addr=2**63 - PAGE)]).encode(), ErrorKind.RANGE),
+        (json.dumps([entry(size=TOTAL_MAX + PAGE)]).encode(), ErrorKind.LIMIT),
+        (
+            json.dumps(
+                [
+                    entry(size=TOTAL_MAX),
+                    entry(base_host_virt_addr=0x1000, offset=TOTAL_MAX),
+                ]
+            ).encode(),
+            ErrorKind.LIMIT,
+        ),
+        (
+            json.dumps(
+                [entry(base_host_virt_addr=0, size=2 * PAGE_SIZE_MAX, page_size=2 * PAGE_SIZE_MAX)]
+            ).encode(),
+            ErrorKind.LIMIT,
+        ),
+        (b'[{"size": ' + b"[" * 900 + b"]" * 900 + b"}]", ErrorKind.MALFORMED),
+        (json.dumps([entry(size={})]).encode(), ErrorKind.MALFORMED),
         (json.dumps([entry(page_size=0)]).encode(), ErrorKind.MALFORMED),
         (json.dumps([entry(page_size=3 * PAGE)]).encode(), ErrorKind.MALFORMED),
         (json.dumps([entry(), entry(offset=PAGE)]).encode(), ErrorKind.MALFORMED),
@@ -368,15 +472,102 @@ def test_the_descriptor_may_come_with_a_later_message() -> None:
 
 
 @pytest.mark.parametrize(
+    ("cut", "rest"),
+    [
+        (b'[{"x": [1]', b", "),
+        (b'[{"x": {}', b", "),
+        (b'[{"x": "]}]', b'", '),
+        (b'[{"x": "]}"', b", "),
+        (b'[{"x": "]}]\\', b'\\", '),
+        (b'[{"x": "\\"]}]', b'", '),
+        (b" ", b"[{"),
+    ],
+)
+def test_a_description_is_read_to_its_end(cut: bytes, rest: bytes) -> None:
+    """However a part of it may look; the descriptor, which ends a read, comes with the first."""
+    with Userfaultfd.open(user_mode_only=True) as uffd:
+        pieces = [(cut, [uffd.fileno()]), (rest + GOOD[2:], [])]
+        with receive(pieces, timeout=5) as handover:
+            assert handover.described == (HandedRegion(0x7F0000000000, 8 * PAGE, 0, PAGE),)
+
+
+def test_what_is_received_is_not_inherited() -> None:
+    with (
+        Userfaultfd.open(user_mode_only=True) as uffd,
+        receive([(GOOD, [uffd.fileno()])]) as handover,
+    ):
+        assert not os.get_inheritable(handover.uffd.fileno())
+        assert not os.get_inheritable(handover.pidfd)
+        command = ["ls", "-l", "/proc/self/fd"]
+        listed = subprocess.run(command, close_fds=False, capture_output=True, text=True).stdout
+        assert "/dev/null" in listed or "pipe" in listed
+        assert "userfaultfd" not in listed
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """More of them open than select(2) can name."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1200:
+        pytest.skip(f"no more than {hard} descriptors may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    yield
+    for fd in fds:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_handler_with_more_than_1024_descriptors(many_descriptors: None) -> None:
+    with (
+        started(lambda connection: plain_vmm(connection, then="wait")) as (_, connection),
+        receive_handover(connection) as handover,
+    ):
+        assert handover.pidfd > 1024
+        assert not handover.owner_ended()
+        handover.kill_owner()
+        assert handover.owner_ended(10)
+
+
+@pytest.fixture(params=[protocol.SO_PEERPIDFD, 9999], ids=["of the peer", "by number"])
+def peer_option(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to the peer's pidfd: a kernel before 6.5 knows no option for it."""
+    monkeypatch.setattr(protocol, "SO_PEERPIDFD", request.param)
+
+
+def test_the_owner_is_who_connected(peer_option: None) -> None:
+    with (
+        started(lambda connection: plain_vmm(connection, then="wait")) as (pid, connection),
+        receive_handover(connection) as handover,
+    ):
+        assert handover.owner.pid == pid
+        handover.kill_owner()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert handover.owner_ended()
+
+
+@pytest.mark.parametrize("reaped", [False, True])
+def test_a_vmm_that_has_ended_before_it_is_read(peer_option: None, reaped: bool) -> None:
+    before = open_descriptors()
+    with started(lambda connection: plain_vmm(connection, then="end")) as (pid, connection):
+        os.waitid(os.P_PID, pid, os.WEXITED | (0 if reaped else os.WNOWAIT))
+        with pytest.raises(RemoteProtocolError, match="has ended") as caught:
+            receive_handover(connection)
+        assert caught.value.kind is ErrorKind.TRUNCATED
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize(
     ("pieces", "end", "kind", "reason"),
     [
         ([], False, ErrorKind.TIMEOUT, "description did not come"),
         ([(GOOD, [])], False, ErrorKind.TIMEOUT, "userfaultfd did not come"),
         ([(GOOD[:20], [0])], False, ErrorKind.TIMEOUT, "rest did not come"),
         ([(GOOD, [])], True, ErrorKind.TRUNCATED, "ended before"),
-        ([(b"[" * 70_000, [0])] * 20, False, ErrorKind.LIMIT, "longer than"),
+        ([(b"[" * 70_000, [])] * 20, False, ErrorKind.LIMIT, "longer than"),
         ([(GOOD, [0])], False, ErrorKind.MALFORMED, "no userfaultfd"),
         ([(GOOD, [0, 0])], False, ErrorKind.MALFORMED, "2 descriptors"),
+        ([(b"[", [0])] * 5000, False, ErrorKind.MALFORMED, "2 descriptors"),
     ],
 )
 def test_handovers_that_fail_leave_nothing_open(
