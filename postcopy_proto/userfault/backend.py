@@ -23,16 +23,23 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from operator import length_hint
 from typing import Final, NoReturn
 
 from bitarray import bitarray
 
-from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError, UserfaultError
+from postcopy_proto.errors import (
+    Channel,
+    ErrorKind,
+    PostcopyError,
+    RemoteProtocolError,
+    UserfaultError,
+)
 from postcopy_proto.messages import Pages
 from postcopy_proto.ramblock import TARGET_PAGE_SIZE
-from postcopy_proto.userfault.abi import Features, Ioctls
+from postcopy_proto.userfault.abi import Event, FaultFlags, Features, Ioctls
 from postcopy_proto.userfault.blocks import GuestBlock, GuestBlocks
 from postcopy_proto.userfault.descriptor import (
     MESSAGE_SIZE,
@@ -46,10 +53,11 @@ from postcopy_proto.userfault.descriptor import (
     OwnerGoneError,
     RemapEvent,
     RemoveEvent,
+    ResolveError,
     UnmapEvent,
     Userfaultfd,
 )
-from postcopy_proto.userfault.placing import Placer
+from postcopy_proto.userfault.placing import Placer, refuse_empty_pool
 from postcopy_proto.userfault.region import Region
 from postcopy_proto.userfault.staging import address_of
 from postcopy_proto.userfault.statistics import FaultStatistics
@@ -63,6 +71,8 @@ takes from the system for each read."""
 _READS: Final = 64
 """Reads before one turn of `answering` ends, even if a guest faults as fast as it is answered: its
 caller has more to look at."""
+_WRITE: Final = int(FaultFlags.WRITE)
+"""The flags of a fault on a missing page are at most this; others are MINOR and WP."""
 
 
 class Backend:
@@ -101,6 +111,7 @@ class Backend:
         self._huge_pages = huge_pages
         self._uffd: Userfaultfd | None = None
         self._forks: list[Userfaultfd] = []
+        self._no_huge_pages = False
         self._kept = b""
         self._wanted: list[tuple[str, int]] = []
         self._serving_thread = 0
@@ -116,9 +127,10 @@ class Backend:
     def incoming_init(self) -> None:
         """Drops all RAM, before any page arrives: it must be truly empty.
 
-        Memory is unlocked first: locked pages can't be dropped. (postcopy_ram_incoming_init,
-        and the munlockall of postcopy_ram_supported_by_host)
+        Memory is unlocked first: locked pages can't be dropped. ValueError after `enable_notify`.
+        (postcopy_ram_incoming_init, and the munlockall of postcopy_ram_supported_by_host)
         """
+        self._check_not_listening()
         self._owner.lock_memory(False)
         for block in self._blocks:
             self._owner.discard(block.region, 0, block.length)
@@ -135,6 +147,8 @@ class Backend:
 
         Not earlier, so that most of precopy enjoys them. (postcopy_ram_prepare_discard)
         """
+        self._check_not_ended()
+        self._no_huge_pages = True
         for block in self._blocks:
             self._owner.advise_huge_pages(block.region, False)
             if trace.isEnabledFor(logging.DEBUG):
@@ -150,6 +164,7 @@ class Backend:
         Whole host pages inside the block, before `enable_notify`: RemoteProtocolError
         otherwise, with nothing dropped. (postcopy_ram_discard_range)
         """
+        self._check_not_ended()
         message = "POSTCOPY_RAM_DISCARD"
         if self._uffd is not None:
             raise RemoteProtocolError(
@@ -164,8 +179,10 @@ class Backend:
                 kind=ErrorKind.RANGE,
                 message=message,
             )
-        target.received[start // self._page_size : (start + length) // self._page_size] = False
+        pages = slice(start // self._page_size, (start + length) // self._page_size)
+        target.received[pages] = False
         self._owner.discard(target.region, start, length)
+        target.dropped[pages] = self._no_huge_pages
         if trace.isEnabledFor(logging.DEBUG):
             trace.debug(
                 "postcopy_ram_discard_range %s: start=%#x length=%#x",
@@ -175,31 +192,19 @@ class Backend:
     def enable_notify(self) -> None:
         """Opens the userfaultfd and registers every block: from here on missing pages fault.
 
-        UserfaultError when the host can't, with everything opened closed again.
+        Pages that have not come are missing: what a huge page brought beside a page of precopy is
+        dropped. UserfaultError when the host can't, with everything opened closed again.
         (postcopy_ram_enable_notify, ram_block_enable_notify)
         """
-        self._check_not_ended()
-        if self._uffd is not None:
-            raise ValueError("already listening")
-        self._owner.flush()
-        self._owner.lock_memory(False)
-        available = self._owner.available_features()
-        # REMOVE and UNMAP: a guest that drops or unmaps pages while being served must not be
-        # given their old content. THREAD_ID: for the statistics.
-        features = available & (Features.EVENT_REMOVE | Features.EVENT_UNMAP | Features.THREAD_ID)
-        uffd, registered = self._owner.open_userfaultfd(features, self._wanted_mode)
-        try:
-            for block in self._blocks:
-                if not registered:
-                    self._register(uffd, block)
-                elif block.host_page_size != self._page_size:
-                    block.can_zeropage = False
-        except BaseException:
-            uffd.close()
-            raise
+        self._check_not_listening()
         if self._inhibit_discards is not None:
             self._inhibit_discards(True)
-        self._uffd = uffd
+        try:
+            self._uffd = uffd = self._open()
+        except BaseException:
+            if self._inhibit_discards is not None:
+                self._inhibit_discards(False)
+            raise
         if self._wanted_mode is None and uffd.user_mode_only:
             log.info("userfaultfd in user mode only: faults inside the kernel fail")
         self._serving_thread = threading.get_ident()
@@ -208,6 +213,39 @@ class Backend:
         # Once, for all faults: on their way nothing is asked that can be known before.
         self._tracing = self._placer.tracing = trace.isEnabledFor(logging.DEBUG)
         trace.debug("postcopy_ram_enable_notify")
+
+    def _open(self) -> Userfaultfd:
+        """The owner's userfaultfd with every block registered."""
+        self._owner.flush()
+        self._owner.lock_memory(False)
+        # A guest that drops, unmaps or moves pages while being served must not be given their old
+        # content. THREAD_ID is for the statistics.
+        features = self._owner.available_features() & (
+            Features.EVENT_REMOVE | Features.EVENT_UNMAP | Features.EVENT_REMAP | Features.THREAD_ID
+        )
+        uffd, registered = self._owner.open_userfaultfd(features, self._wanted_mode)
+        try:
+            if not registered:
+                self._drop_stale_pages()
+            for block in self._blocks:
+                if not registered:
+                    self._register(uffd, block)
+                elif block.host_page_size != self._page_size:
+                    block.can_zeropage = False
+        except BaseException:
+            uffd.close()
+            raise
+        return uffd
+
+    def _drop_stale_pages(self) -> None:
+        """Empties what has not come: a source need not discard what it never sent."""
+        if not self._no_huge_pages:
+            # No discard came, and with it nobody who said so. (loadvm_postcopy_handle_listen)
+            self.prepare_discard()
+        for block in self._blocks:
+            for start, end in block.stale_runs():
+                self._owner.discard(block.region, start, end - start)
+        self._owner.flush()
 
     @staticmethod
     def _register(uffd: Userfaultfd, block: GuestBlock) -> None:
@@ -250,18 +288,34 @@ class Backend:
         kept, self._kept = self._kept, b""
         messages = kept or uffd.read_messages(_EVENTS)
         while messages:
-            now, position = time.perf_counter_ns(), 0
-            for event, _, address, thread_id in UNPACK_FAULTS(messages):
-                position += MESSAGE_SIZE
-                if event == PAGEFAULT:
-                    self._fault(address, thread_id, now)
-                else:
-                    self._other_event(uffd.decode(messages[position - MESSAGE_SIZE : position]))
-            if position < _EVENTS * MESSAGE_SIZE and not kept:
+            self._take(uffd, messages)
+            if len(messages) < _EVENTS * MESSAGE_SIZE and not kept:
                 break
             kept, messages = b"", uffd.read_messages(_EVENTS)
         requests, self._wanted = self._wanted, []
         return requests
+
+    @property
+    def pending(self) -> bool:
+        """Whether `read_faults` has something to report though the descriptor is not readable.
+
+        What `want` asked for, and faults that were read in the middle of a placement: a loop
+        polls with a timeout of 0 while this is true.
+        """
+        return bool(self._kept or self._wanted)
+
+    def _take(self, uffd: Userfaultfd, messages: bytes) -> None:
+        """The events of one read; those behind one that is an error are kept."""
+        now, events = time.perf_counter_ns(), UNPACK_FAULTS(messages)
+        try:
+            for event, flags, address, thread_id in events:
+                if event == PAGEFAULT:
+                    self._fault(address, flags, thread_id, now)
+                else:
+                    self._other_event(uffd.decode(_current(messages, events)))
+        except BaseException:
+            self._kept += _rest(messages, events)
+            raise
 
     def answering(self, sources: Mapping[str, int]) -> Callable[[], int]:
         """A function that places every page waited for, from memory of this process.
@@ -289,7 +343,7 @@ class Backend:
             nonlocal block
             if self._uffd is not uffd:
                 raise ValueError("the backend was cleaned up")
-            answered = self._answer_kept(sources) if self._kept or self._wanted else 0
+            answered = 0
             # Not only until a read takes less than it could: a thread that was woken on this CPU
             # has mostly run up to its next fault before we go on, and a poll is saved.
             for _ in range(_READS):
@@ -297,23 +351,33 @@ class Backend:
                     messages = read(fd, room)
                 except BlockingIOError:
                     break
-                now, faults = clock(), UNPACK_FAULTS(messages)
-                for event, _, address, thread_id in faults:
-                    if event != PAGEFAULT:
-                        end = len(messages) - length_hint(faults) * MESSAGE_SIZE
-                        self._other_event(uffd.decode(messages[end - MESSAGE_SIZE : end]))
-                        continue
-                    stats.faults += 1
-                    if not block.address <= address < block.end:
-                        block, _ = blocks.at(address)
-                    offset = (address - block.address) & -block.host_page_size
-                    if block.received[offset // size]:
-                        self._answer_received(block, offset)
-                    else:
-                        place(uffd, block, offset, sources[block.idstr] + offset)
-                        answered += 1
-                    waits(clock() - now)
-                    threads(thread_id)
+                except OSError:
+                    messages = uffd.read_messages(_EVENTS)  # says it in our words
+                now, events = clock(), UNPACK_FAULTS(messages)
+                try:
+                    for event, flags, address, thread_id in events:
+                        if event != PAGEFAULT:
+                            self._other_event(uffd.decode(_current(messages, events)))
+                            continue
+                        if flags > _WRITE:
+                            self._fault(address, flags, thread_id, now)
+                            continue
+                        stats.faults += 1
+                        if not block.address <= address < block.end:
+                            block, _ = blocks.at(address)
+                        offset = (address - block.address) & -block.host_page_size
+                        if block.received[offset // size]:
+                            self._answer_received(block, offset)
+                        else:
+                            place(uffd, block, offset, sources[block.idstr] + offset)
+                            answered += 1
+                        waits(clock() - now)
+                        threads(thread_id)
+                except BaseException:
+                    self._kept += _rest(messages, events)
+                    raise
+            while self._kept or self._wanted:
+                answered += self._answer_kept(sources)
             return answered
 
         return answer
@@ -343,11 +407,15 @@ class Backend:
         """Byte offsets of the host pages of a range that have not arrived."""
         return self._blocks.named(block, "missing").missing(start, length)
 
-    def _fault(self, address: int, thread_id: int, now: int) -> None:
+    def _fault(self, address: int, flags: int, thread_id: int, now: int) -> None:
         stats = self.stats
         stats.faults += 1
         block, offset = self._blocks.at(address)
         host_page = offset & -block.host_page_size
+        if flags > _WRITE:
+            self._let_through(block, host_page, flags)
+            stats.add_wait(thread_id, time.perf_counter_ns() - now)
+            return
         if block.received[host_page // block.page_size]:
             self._answer_received(block, host_page)
             stats.add_wait(thread_id, time.perf_counter_ns() - now)
@@ -365,22 +433,52 @@ class Backend:
                 *(address, block.idstr, host_page),
             )
 
-    def _answer_received(self, block: GuestBlock, host_page: int) -> None:
-        """A fault on a page that counts as received.
+    def _let_through(self, block: GuestBlock, host_page: int, flags: int) -> None:
+        """A fault on a page that is there: its owner registered more than missing ones.
 
-        It is there by now; or it was, until the guest dropped it; or it came as a zero page in
-        precopy, which leaves empty memory empty. All that can be missing are zeros.
+        Nobody here has a use for them, and the thread waits: MINOR is answered with what the file
+        has, and write protection is lifted.
         """
         uffd = self._descriptor()
         address, length = block.address + host_page, block.host_page_size
         try:
-            self._placer.zero(uffd, block, address, length)
-            self.stats.zero_filled += 1
-        except (AlreadyPresentError, AgainError):
+            if flags & FaultFlags.MINOR:
+                uffd.continue_(address, length)
+                self.stats.minor += 1
+            else:
+                uffd.write_protect(address, length, protect=False)
+                self.stats.write_protected += 1
+        except (AlreadyPresentError, AgainError, NotRegisteredError):
             self.stats.woken += 1
             uffd.wake(address, length)
+
+    def _answer_received(self, block: GuestBlock, host_page: int) -> None:
+        """A fault on a page that counts as received."""
+        if self._make_present(block, host_page):
+            self.stats.zero_filled += 1
+        else:
+            self.stats.woken += 1
+            self._descriptor().wake(block.address + host_page, block.host_page_size)
+
+    def _make_present(self, block: GuestBlock, host_page: int) -> bool:
+        """A page that counts as received: whether it was missing, and zeros were put there.
+
+        It is there by now; or it was, until the guest dropped it; or it came as a zero page in
+        precopy, which leaves empty memory empty. All that can be missing are zeros.
+        """
+        try:
+            address, length = block.address + host_page, block.host_page_size
+            self._placer.zero(self._descriptor(), block, address, length)
+        except AgainError:
+            return False
+        except AlreadyPresentError as error:
+            refuse_empty_pool(block, host_page, error)
+            return False
         except NotRegisteredError:
+            # Whoever waits there has to be woken all the same, to meet its SIGSEGV.
             log.debug("%s at %#x was unmapped by the guest", block.idstr, host_page)
+            return False
+        return True
 
     def _other_event(self, event: AnyEvent) -> None:
         if isinstance(event, RemoveEvent | UnmapEvent):
@@ -407,7 +505,8 @@ class Backend:
             host = block.host_page_size
             block.received[low // self._page_size : -(-high // self._page_size)] = True
             self.stats.removed += (high - low) // host
-            block.unmapped |= unmapped
+            if unmapped:
+                block.unmapped.append((low, high))
             for page in [page for page in block.waiting if low <= page < high]:
                 self._answer_received(block, page)
                 block.resolved(page, host, self.stats)
@@ -423,8 +522,12 @@ class Backend:
             message = messages[position : position + MESSAGE_SIZE]
             if message[0] == PAGEFAULT:
                 self._kept += message
-            else:
+                continue
+            try:
                 self._other_event(uffd.decode(message))
+            except BaseException:
+                self._kept += messages[position + MESSAGE_SIZE :]
+                raise
 
     def _guard(self, block: GuestBlock) -> Callable[[int, int], None]:
         """The check that the serving thread does not wait for itself."""
@@ -451,7 +554,7 @@ class Backend:
         """Makes received pages present: a zero page of precopy may still be empty memory."""
         host = block.host_page_size
         for page in range(offset & -host, offset + length, host):
-            self._answer_received(block, page)
+            self._make_present(block, page)
 
     # ---- placing
 
@@ -524,8 +627,8 @@ class Backend:
         """Huge pages allowed again, every block unregistered, everything closed.
 
         Whoever still waits for a page is woken and reads zeros: call it when all pages have
-        arrived, or end the guest before. Memory is locked again if that was asked for; that
-        it can't be is logged, and does not fail a migration whose state is valid. Calling it
+        arrived, or end the guest before. Memory is locked again if that was asked for. What
+        can't be undone is logged, and does not fail a migration whose state is valid. Calling it
         again does nothing. (postcopy_ram_incoming_cleanup)
         """
         if self._ended:
@@ -533,45 +636,68 @@ class Backend:
         self._ended = True
         uffd, self._uffd = self._uffd, None
         trace.debug("postcopy_ram_incoming_cleanup_entry")
-        if uffd is not None:
-            try:
+        with ExitStack() as undo:  # the last first, and each whatever became of the others
+            undo.callback(trace.debug, "postcopy_ram_incoming_cleanup_exit")
+            undo.callback(self._placer.close)
+            undo.callback(self._restore_owner)
+            if uffd is not None:
+                undo.callback(trace.debug, "postcopy_ram_incoming_cleanup_closeuf")
+                if self._inhibit_discards is not None:
+                    undo.callback(self._inhibit_discards, False)
+                undo.callback(self._close, uffd)
                 self._unregister(uffd)
                 # The loop that serves faults is our caller: it has ended, there is none to join.
                 trace.debug("postcopy_ram_incoming_cleanup_join")
-            finally:
-                uffd.close()
-                for fork in self._forks:
-                    fork.close()
-                self._forks.clear()
-                if self._inhibit_discards is not None:
-                    self._inhibit_discards(False)
-            trace.debug("postcopy_ram_incoming_cleanup_closeuf")
-            if self._lock_memory:
-                try:
-                    self._owner.lock_memory(True)
-                except UserfaultError as error:
-                    log.warning("memory could not be locked again: %s", error)
-        self._placer.close()
-        trace.debug("postcopy_ram_incoming_cleanup_exit")
 
     def _unregister(self, uffd: Userfaultfd) -> None:
         for block in self._blocks:
             block.region.before_read = None
+            self.stats.unanswered += sum(map(len, block.waiting.values()))
             if trace.isEnabledFor(logging.DEBUG):
                 trace.debug(
                     "postcopy_cleanup_range %s: %#x offset=%#x length=%#x",
                     *(block.idstr, block.address, 0, block.length),
                 )
-            if block.unmapped:
-                continue
-            try:
-                uffd.unregister(block.address, block.length)
-            except OwnerGoneError:
-                log.warning("the guest's process has ended; nothing is left to unregister")
-                return
-            if self._huge_pages:
-                self._owner.advise_huge_pages(block.region, True)
-        self._owner.flush()
+        for block in self._blocks:
+            for start, end in block.mapped_ranges():
+                try:
+                    uffd.unregister(block.address + start, end - start)
+                except OwnerGoneError:
+                    log.info("the guest's process has ended; nothing is left to unregister")
+                    return
+                except ResolveError as error:
+                    log.warning("%s could not be unregistered: %s", block.idstr, error)
+
+    def _close(self, uffd: Userfaultfd) -> None:
+        """The descriptor and those of forks, of which some may not have been looked at."""
+        for position in range(0, len(self._kept), MESSAGE_SIZE):
+            message = self._kept[position : position + MESSAGE_SIZE]
+            if message[0] == Event.FORK:
+                self._other_event(uffd.decode(message))
+        self._kept = b""
+        uffd.close()
+        for fork in self._forks:
+            fork.close()
+        self._forks.clear()
+
+    def _restore_owner(self) -> None:
+        """Huge pages and locked memory, as they were; nothing where there is no owner any more."""
+        try:
+            os.kill(self._owner.pid, 0)
+        except ProcessLookupError:
+            return
+        except PermissionError:
+            pass  # it is there, and somebody else's
+        try:
+            if self._no_huge_pages and self._huge_pages:
+                for block in self._blocks:
+                    if not block.unmapped:
+                        self._owner.advise_huge_pages(block.region, True)
+            self._owner.flush()
+            if self._lock_memory:
+                self._owner.lock_memory(True)
+        except PostcopyError as error:
+            log.warning("the guest's memory is not as it was before: %s", error)
 
     # ---- small things
 
@@ -583,3 +709,19 @@ class Backend:
     def _check_not_ended(self) -> None:
         if self._ended:
             raise ValueError("the backend was cleaned up")
+
+    def _check_not_listening(self) -> None:
+        self._check_not_ended()
+        if self._uffd is not None:
+            raise ValueError("already listening")
+
+
+def _rest(messages: bytes, events: Iterator[object]) -> bytes:
+    """The messages that an iterator over them has still to give."""
+    return messages[len(messages) - length_hint(events) * MESSAGE_SIZE :]
+
+
+def _current(messages: bytes, events: Iterator[object]) -> bytes:
+    """The message that an iterator over them gave last."""
+    end = len(messages) - length_hint(events) * MESSAGE_SIZE
+    return messages[end - MESSAGE_SIZE : end]

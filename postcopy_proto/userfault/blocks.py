@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import sys
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from bitarray import bitarray
+from bitarray.util import intervals
 
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError, UserfaultError
 from postcopy_proto.userfault.region import Region
@@ -34,8 +38,10 @@ class GuestBlock:
         self.received.setall(False)
         self.waiting: dict[int, list[tuple[int, int]]] = {}
         """host page → (thread id, time of the event in ns) of each thread that waits for it"""
-        self.unmapped = False
-        """whether the guest unmapped some of it: then there is nothing to unregister"""
+        self.dropped = bitarray(self.received)
+        """one bit a target page: discarded since huge pages are off, and so really empty"""
+        self.unmapped: list[tuple[int, int]] = []
+        """offsets [start, end) that the guest unmapped: nothing is registered there any more"""
         self.can_zeropage = True
         """whether UFFDIO_ZEROPAGE was offered for it: not for hugetlb"""
 
@@ -47,9 +53,54 @@ class GuestBlock:
         """The host pages of a range that have not arrived; ValueError outside the block."""
         if not self.region.block.contains(start, length):
             raise ValueError(f"{start:#x} + {length:#x} is outside {self.idstr}")
+        if length == 0:
+            return []
         first = start & -self.host_page_size
         pages = range(first, start + length, self.host_page_size)
         return [page for page in pages if not self.has_received(page)]
+
+    def mapped_ranges(self) -> list[tuple[int, int]]:
+        """Offsets [start, end) of what the guest has not unmapped."""
+        ranges, start = [], 0
+        for low, high in [*sorted(self.unmapped), (self.length, self.length)]:
+            if start < low:
+                ranges.append((start, low))
+            start = max(start, high)
+        return ranges
+
+    def stale_runs(self) -> Iterator[tuple[int, int]]:
+        """Offsets [start, end) of pages that have not come and may be there all the same.
+
+        A page written before LISTEN can be a huge one, which brings its neighbours with it. None
+        where nothing was written; and where host pages are bigger than target pages, they come
+        whole.
+        """
+        if self.host_page_size == self.page_size and self.received.any():
+            for wanted, start, end in intervals(~(self.received | self.dropped)):
+                if wanted:
+                    yield start * self.page_size, end * self.page_size
+
+    def pool_is_empty(self, host_page: int) -> bool:
+        """Whether the kernel says EEXIST of a hugetlb page because it has none left.
+
+        That is its answer too where a page table is there and the pool has run dry. The page
+        itself is looked up where its owner lets us (proc_pid_pagemap(5)).
+        """
+        if self.host_page_size == mmap.PAGESIZE:
+            return False
+        kib = self.host_page_size >> 10
+        pool = Path(f"/sys/kernel/mm/hugepages/hugepages-{kib}kB/free_hugepages")
+        try:
+            if int(pool.read_text()) > 0:
+                return False
+        except OSError:
+            return False  # not hugetlb
+        try:
+            with open(f"/proc/{self.region.owner.pid}/pagemap", "rb", buffering=0) as file:
+                file.seek((self.address + host_page) // mmap.PAGESIZE * 8)
+                return not int.from_bytes(file.read(8), sys.byteorder) >> 63
+        except OSError:
+            return True
 
     def resolved(self, start: int, length: int, statistics: FaultStatistics) -> None:
         """Ends the waits for host pages in [start, start + length)."""

@@ -32,7 +32,7 @@ def serve_faults(
     poll.register(backend.fileno(), select.POLLIN)
     try:
         while True:
-            ready = dict(poll.poll())
+            ready = dict(poll.poll(0 if backend.pending else None))
             if quit_fd in ready:
                 trace.debug("postcopy_ram_fault_thread_quit")
                 return

@@ -7,7 +7,9 @@ postcopy_place_page, postcopy_place_page_zero)
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +25,7 @@ from postcopy_proto.userfault.blocks import GuestBlock, GuestBlocks
 from postcopy_proto.userfault.descriptor import (
     AgainError,
     AlreadyPresentError,
+    NoMemoryLeftError,
     NotRegisteredError,
     ResolveError,
     Userfaultfd,
@@ -85,6 +88,9 @@ class Placer:
 
     def write(self, block: GuestBlock, pages: Pages) -> None:
         """Precopy. Zero pages are written only where something else was."""
+        last = int(pages.positions.max())
+        if last >= 0 and last + self._page_size > len(pages.data):
+            raise ValueError("a page of the batch ends after the batch's data")
         offsets = pages.offsets.astype(np.intp)
         # Within a part no page comes twice, so that the order of its writes does not matter.
         breaks = np.flatnonzero(np.diff(offsets) <= 0) + 1
@@ -257,7 +263,8 @@ class Placer:
                     if time.monotonic() > deadline:
                         raise
                     self._drain()
-            except AlreadyPresentError:
+            except AlreadyPresentError as error:
+                refuse_empty_pool(block, at * size, error)
                 done = block.host_page_size
                 statistics.already_present += 1
                 uffd.wake(address, done)
@@ -327,6 +334,18 @@ class Placer:
         self._host_pages.clear()
         self._staging.close()
         self._zeros.close()
+
+
+def refuse_empty_pool(block: GuestBlock, host_page: int, error: AlreadyPresentError) -> None:
+    """NoMemoryLeftError instead of an EEXIST that only means that no huge page is free."""
+    if block.pool_is_empty(host_page):
+        raise NoMemoryLeftError(
+            error.operation,
+            errno.ENOMEM,
+            os.strerror(errno.ENOMEM),
+            f"{block.idstr} at {host_page:#x}: no free huge page of {block.host_page_size} bytes",
+            "raise vm.nr_hugepages",
+        ) from error
 
 
 def _address_of(pages: Pages) -> int:

@@ -1,7 +1,8 @@
 """What a backend did, and how long faulting threads waited: QEMU's blocktime, per fault.
 
 A wait begins when the fault's event is read (the kernel keeps no time of its own) and ends when
-its page has been placed. Times are nanoseconds inside, microseconds where they are shown.
+its page has been placed; where guest and handler share a CPU, the guest may run before the clock
+is read. Times are nanoseconds inside, microseconds where they are shown.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class FaultStatistics:
     woken: int = 0
     """faults on pages that had arrived meanwhile"""
     pages: int = 0
-    """target pages placed"""
+    """target pages that are there by placing, those that the kernel had already included"""
     zero_pages: int = 0
     """of these, placed as zero pages"""
     placements: int = 0
@@ -49,6 +50,12 @@ class FaultStatistics:
     zero_filled: int = 0
     """faults answered with zeros here: the guest dropped the page, or it came as a zero page in
     precopy, which leaves empty memory empty"""
+    minor: int = 0
+    """faults on pages that the owner's file has already (MINOR), let through"""
+    write_protected: int = 0
+    """faults on pages that the owner protected (WP), lifted"""
+    unanswered: int = 0
+    """faults whose page had not come by `cleanup`"""
     forks: int = 0
     """times that the guest's process forked"""
     unknown_events: int = 0

@@ -78,6 +78,10 @@ class RegionTarget:
     def fileno(self) -> int:
         return self.backend.fileno()
 
+    @property
+    def pending(self) -> bool:
+        return self.backend.pending
+
     def read_faults(self) -> list[tuple[str, int]]:
         return self.backend.read_faults()
 

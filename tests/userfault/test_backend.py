@@ -20,11 +20,22 @@ from postcopy_proto.messages import Pages
 from postcopy_proto.ramblock import RAMBlock
 from postcopy_proto.userfault import syscalls
 from postcopy_proto.userfault.backend import Backend
-from postcopy_proto.userfault.descriptor import NoMemoryLeftError
+from postcopy_proto.userfault.descriptor import NoMemoryLeftError, Userfaultfd
 from postcopy_proto.userfault.loop import serve_faults
 from postcopy_proto.userfault.mapping import Backing
 from postcopy_proto.userfault.region import Region, ThisProcess
-from tests.userfault.support import COUNT, PAGE, batch, content, faults, listening, touch
+from tests.userfault.support import (
+    COUNT,
+    HUGE,
+    PAGE,
+    batch,
+    content,
+    faults,
+    listening,
+    resident_pages,
+    run_python,
+    touch,
+)
 
 pytestmark = pytest.mark.userfault
 
@@ -160,6 +171,64 @@ def test_the_fault_loop_quits_before_it_serves(backend: Backend, region: Region)
     os.close(quit_fd)
 
 
+def test_neighbours_that_a_huge_page_brought_are_missing_all_the_same() -> None:
+    """A source need not discard what it never sent: its bytes come, and zeros must not be there."""
+    region = Region.create(RAMBlock("ram", 4 * HUGE))
+    pages = content(region.block, 16, zero_fraction=0)
+    backend = Backend([region], user_mode_only=True)
+    backend.incoming_init()
+    backend.place(batch("ram", pages, [512, 600, 2000]))
+    backend.enable_notify()
+    assert not any(resident_pages(region.address + 513 * PAGE, 87 * PAGE))
+    thread = touch(region.address + 513 * PAGE)
+    assert faults(backend) == [("ram", 513 * PAGE)]
+    backend.place(batch("ram", pages, range(513, 600)))
+    thread.join(10)
+    assert backend.stats.already_present == 0
+    backend.cleanup()
+    assert region.read(512 * PAGE, 89 * PAGE) == pages[512:601].tobytes()
+    region.close()
+
+
+def test_the_loop_does_not_forget_what_was_read_on_the_way(
+    backend: Backend, region: Region
+) -> None:
+    """Faults read in the middle of a placement, and what was asked for: no descriptor tells."""
+    listening(backend)
+    pages = content(region.block, 17, zero_fraction=0)
+    address = pages.__array_interface__["data"][0]
+    thread = touch(region.address + 2 * PAGE)
+    deadline = time.monotonic() + 10
+    while not backend.pending and time.monotonic() < deadline:
+        backend._collect_events()
+    backend.want("ram", 7 * PAGE, PAGE)
+    quit_fd = os.eventfd(0)
+    served: list[int] = []
+
+    def request(wanted: list[tuple[str, int]]) -> None:
+        for idstr, offset in wanted:
+            backend.place_page(idstr, offset, address + offset)
+            served.append(offset // PAGE)
+        if len(served) == 2:
+            os.eventfd_write(quit_fd, 1)
+
+    loop = threading.Thread(target=serve_faults, args=(backend, request, quit_fd), daemon=True)
+    loop.start()
+    loop.join(10)
+    assert not loop.is_alive()
+    os.close(quit_fd)
+    assert sorted(served) == [2, 7]
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_reading_memory_here_is_no_fault(backend: Backend, region: Region) -> None:
+    pages = content(region.block, 18, zero_fraction=0)
+    listening(backend).place(batch("ram", pages, range(16)))
+    assert region.read(0, 16 * PAGE) == pages[:16].tobytes()
+    assert (backend.stats.faults, backend.stats.woken, backend.stats.zero_filled) == (0, 0, 0)
+
+
 # ---- holes, and memory that runs out
 
 
@@ -279,14 +348,22 @@ def test_calls_out_of_order(region: Region) -> None:
     backend.enable_notify()
     with pytest.raises(ValueError, match="already"):
         backend.enable_notify()
+    with pytest.raises(ValueError, match="already"):
+        backend.incoming_init()
     backend.cleanup()
     backend.cleanup()
     with pytest.raises(ValueError, match="cleaned up"):
         backend.place(page_at(0))
     with pytest.raises(ValueError, match="cleaned up"):
         backend.enable_notify()
+    for late in (backend.incoming_init, backend.prepare_discard):
+        with pytest.raises(ValueError, match="cleaned up"):
+            late()
+    with pytest.raises(ValueError, match="cleaned up"):
+        backend.discard("ram", 0, PAGE)
     with pytest.raises(ValueError, match="outside"):
         backend.missing("ram", 0, (COUNT + 1) * PAGE)
+    assert backend.missing("ram", 20 * PAGE + 100, 0) == []
 
 
 def test_regions_that_do_not_go_together(region: Region) -> None:
@@ -325,6 +402,93 @@ def test_other_discarders_are_inhibited_while_listening(region: Region) -> None:
     assert calls == [True]
     backend.cleanup()
     assert calls == [True, False]
+
+
+def test_discarders_are_inhibited_first_and_their_refusal_is_ours(region: Region) -> None:
+    """Before anything is registered; and what the hook raises leaves nothing behind."""
+
+    def refuse(on: bool) -> None:
+        with Userfaultfd.open(user_mode_only=True) as uffd:
+            uffd.register(region.address, PAGE)  # EBUSY if another has it
+        raise RuntimeError("the balloon says no")
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    backend = Backend([region], user_mode_only=True, inhibit_discards=refuse)
+    with pytest.raises(RuntimeError, match="balloon"):
+        backend.enable_notify()
+    assert not backend.listening
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    calls: list[bool] = []
+    gone = Region.create(RAMBlock("gone", PAGE))
+    failing = Backend([region, gone], user_mode_only=True, inhibit_discards=calls.append)
+    gone.close()
+    with pytest.raises(UserfaultError, match="UFFDIO_REGISTER"):
+        failing.enable_notify()
+    assert calls == [True, False]
+
+
+def test_cleanup_undoes_all_whatever_fails_of_it(region: Region) -> None:
+    def refuse(on: bool) -> None:
+        if not on:
+            raise RuntimeError("the balloon says no")
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    backend = Backend([region], user_mode_only=True, inhibit_discards=refuse)
+    backend.enable_notify()
+    thread = touch(region.address)
+    faults(backend)
+    with pytest.raises(RuntimeError, match="balloon"):
+        backend.cleanup()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert backend._placer._staging._memory.closed
+    assert backend.stats.unanswered == 1
+
+
+def flags_of(address: int) -> set[str]:
+    """The two-letter flags of the mapping there (proc_pid_smaps(5))."""
+    within = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if first == "VmFlags:":
+            if within:
+                return set(rest)
+        elif "-" in first:
+            start, _, end = first.partition("-")
+            within = int(start, 16) <= address < int(end, 16)
+    raise AssertionError("not mapped")
+
+
+def test_huge_pages_come_back_without_listen_too(backend: Backend, region: Region) -> None:
+    backend.prepare_discard()
+    assert "nh" in flags_of(region.address)
+    backend.cleanup()
+    assert "nh" not in flags_of(region.address)
+
+
+def test_memory_is_locked_again_without_listen_too() -> None:
+    """In a process of its own: it locks all of itself."""
+    if os.getuid():
+        pytest.skip("locking all memory needs root")
+    result = run_python(
+        "from postcopy_proto.ramblock import RAMBlock\n"
+        "from postcopy_proto.userfault import syscalls\n"
+        "from postcopy_proto.userfault.backend import Backend\n"
+        "from postcopy_proto.userfault.region import Region\n"
+        "def locked():\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return next(int(line.split()[1]) for line in lines if line.startswith('VmLck'))\n"
+        "region = Region.create(RAMBlock('ram', 64 * 4096))\n"
+        "backend = Backend([region], user_mode_only=True, lock_memory=True)\n"
+        "syscalls.lock_memory(True)\n"
+        "before = locked()\n"
+        "backend.incoming_init()\n"
+        "between = locked()\n"
+        "backend.cleanup()\n"
+        "print(before > 0, between, locked() > 0)\n"
+    )
+    assert result.stdout == "True 0 True\n", result.stderr
 
 
 def test_trace_points_have_qemus_names(region: Region, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +13,16 @@ import pytest
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
 from postcopy_proto.messages import Pages
 from postcopy_proto.ramblock import RAMBlock
-from postcopy_proto.userfault import placing
+from postcopy_proto.userfault import placing, syscalls
 from postcopy_proto.userfault.backend import Backend
-from postcopy_proto.userfault.descriptor import AlreadyPresentError
-from postcopy_proto.userfault.region import Region
+from postcopy_proto.userfault.descriptor import AlreadyPresentError, NoMemoryLeftError
+from postcopy_proto.userfault.mapping import Backing, Mapping
+from postcopy_proto.userfault.region import THIS_PROCESS, Region
 from tests.userfault.support import COUNT, HUGE, PAGE, batch, content, faults, listening, touch
 
 pytestmark = pytest.mark.userfault
+
+MAP_HUGETLB, MAP_NORESERVE = 0x40000, 0x4000
 
 
 @pytest.mark.parametrize("stride", [PAGE, PAGE + 8], ids=["contiguous", "headers between"])
@@ -192,6 +197,16 @@ def test_batches_of_one(backend: Backend, region: Region) -> None:
     assert region.read(0, 3 * PAGE) == bytes(2 * PAGE) + pages[2].tobytes()
 
 
+def test_pages_behind_the_end_of_their_data(backend: Backend, region: Region) -> None:
+    """Whatever lies behind it in this process is not the guest's to see."""
+    short = memoryview(bytes(PAGE))
+    for positions in ([1 << 20], [1], [0, 8]):
+        offsets = np.arange(len(positions), dtype=np.uint64) * 3 * PAGE
+        with pytest.raises(ValueError, match="after the batch's data"):
+            backend.place(Pages("ram", offsets, np.array(positions, np.int64), short))
+    assert not backend.received["ram"].any()
+
+
 def test_an_empty_batch_is_nothing(backend: Backend) -> None:
     none = np.zeros(0, np.uint64)
     backend.place(Pages("ram", none, none.astype(np.int64), memoryview(b"")))
@@ -272,3 +287,25 @@ def test_pages_of_a_huge_page_come_together_and_once(
     assert caught.value.channel is Channel.PREEMPT
     assert caught.value.message == "PAGE"
     assert not backend.received["huge"].any()
+
+
+@pytest.mark.hugetlb
+def test_an_empty_pool_of_huge_pages_is_out_of_memory(huge_pages: int) -> None:
+    """The kernel says EEXIST of a page that is not there: it must not count as received."""
+    free = int(Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").read_text())
+    size = (free + 2) * HUGE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB | MAP_NORESERVE
+    address = syscalls.map_memory(size, flags)
+    mapping = Mapping(address, size, HUGE, Backing.HUGETLB, -1, 0)
+    region = Region(RAMBlock("huge", size, HUGE), address, THIS_PROCESS, mapping)
+    source = np.full(HUGE, 7, np.uint8)
+    backend = listening(Backend([region], user_mode_only=True))
+    page = source.__array_interface__["data"][0]
+    for number in range(free):
+        backend.place_page("huge", number * HUGE, page)
+    with pytest.raises(NoMemoryLeftError, match=r"no free huge page.*nr_hugepages"):
+        backend.place_page("huge", free * HUGE, page)
+    assert backend.received["huge"].count() == free * HUGE // PAGE
+    assert backend.stats.already_present == 0
+    backend.cleanup()
+    region.close()
