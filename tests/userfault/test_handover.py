@@ -320,10 +320,14 @@ def serve_one_page(handover: Handover) -> Backend:
     poll = select.poll()
     poll.register(backend.fileno(), select.POLLIN)
     poll.register(handover.pidfd, select.POLLIN)
-    while handover.pidfd not in (ready := dict(poll.poll(10_000))):
-        assert ready, "the VMM neither faults nor ends"
-        for name, _ in backend.read_faults():
-            backend.place(batch(name, page, [0]))
+    try:
+        while handover.pidfd not in (ready := dict(poll.poll(10_000))):
+            assert ready, "the VMM neither faults nor ends"
+            for name, _ in backend.read_faults():
+                backend.place(batch(name, page, [0]))
+    except BaseException:
+        backend.cleanup()
+        raise
     return backend
 
 
