@@ -88,49 +88,6 @@ if TYPE_CHECKING:
 _NAMES = {
     "destination": ("DestinationConnection",),
     "dirty": ("DirtyBitmap", "DiscardEncoder", "encode_discards", "iter_discards"),
-    "messages": (
-        "NEED_DATA",
-        "CompressedPage",
-        "Configuration",
-        "DeviceState",
-        "EnableColo",
-        "EndOfStream",
-        "Eof",
-        "Message",
-        "MultifdFlush",
-        "NeedData",
-        "OpenReturnPath",
-        "Packaged",
-        "Pages",
-        "Ping",
-        "Pong",
-        "PostcopyAdvise",
-        "PostcopyListen",
-        "PostcopyRamDiscard",
-        "PostcopyResume",
-        "PostcopyRun",
-        "RamBlockEntry",
-        "RamBlockList",
-        "RamEos",
-        "ReceivedBitmap",
-        "RecvBitmap",
-        "ReqPages",
-        "ReqPagesId",
-        "ResumeAck",
-        "SectionEnd",
-        "SectionFooter",
-        "SectionFull",
-        "SectionPart",
-        "SectionStart",
-        "Shut",
-        "StreamHeader",
-        "SwitchoverAck",
-        "SwitchoverStart",
-        "UnknownCommand",
-        "UnknownReturnPathMessage",
-        "VmDescription",
-        "XbzrlePage",
-    ),
     "ramblock": ("ByteRange", "PageSink", "PageStore", "RAMBlock", "SinglePageStore"),
     "source": ("BackgroundOrder", "PageBatch", "SourceConnection"),
     "states": ("ForwardState", "ReturnPathState"),
@@ -147,15 +104,15 @@ _NAMES = {
     "userfault.probe": ("probe",),
     "userfault.region": ("Region",),
 }
-"""of every module, what is looked up in it"""
+"""of every module but `messages`, which has all the rest, what is looked up in it"""
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 if not TYPE_CHECKING:  # or a name that does not exist would pass for one of any type
 
     def __getattr__(name: str) -> Any:
-        if name not in _HOMES:
+        if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'messages')}"), name)
         globals()[name] = value
         return value
 
