@@ -22,7 +22,7 @@ from postcopy_proto import messages as m
 from postcopy_proto.destination import DestinationConnection
 from postcopy_proto.errors import Channel, ErrorKind, RemoteProtocolError
 from postcopy_proto.net.demo_source import LiveMemory
-from postcopy_proto.net.destination_loop import DestinationLoop
+from postcopy_proto.net.destination_loop import DestinationLoop, DestinationStatistics
 from postcopy_proto.net.guest import GuestProcess, Touch
 from postcopy_proto.net.source_loop import SourceLoop
 from postcopy_proto.net.target import GuestTarget, compare
@@ -89,20 +89,15 @@ def send(
         loop.finish()
 
 
-@pytest.mark.parametrize("kind", ["tcp", "unix"])
-@pytest.mark.parametrize("mode", list(TransferMode), ids=lambda mode: mode.name)
-@pytest.mark.parametrize("preempt", [False, True], ids=["one channel", "preempt"])
-def test_memory_is_what_was_sent(
-    kind: str, mode: TransferMode, preempt: bool, tmp_path: Path
-) -> None:
-    address = "tcp:127.0.0.1:0" if kind == "tcp" else f"unix:{tmp_path}/s"
-    for seed in range(SOAK):
-        migrate(address, seed, mode, preempt=preempt)
-
-
-def migrate(address: str, seed: int, mode: TransferMode, *, preempt: bool) -> None:
-    memory = contents(seed)
-    target = Pushed(seed, touched=300)
+def receive(
+    address: str,
+    memory: dict[str, NDArray[np.uint8]],
+    target: GuestTarget,
+    mode: TransferMode,
+    *,
+    preempt: bool,
+) -> DestinationStatistics:
+    """One migration of that memory, which is what the guest sees in the end."""
     with Listener(parse_address(address)) as listener:
         source = threading.Thread(target=send, args=(str(listener.address), memory, mode, preempt))
         source.start()
@@ -120,6 +115,24 @@ def migrate(address: str, seed: int, mode: TransferMode, *, preempt: bool) -> No
             target.close()
         source.join(30)
     assert not source.is_alive()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+@pytest.mark.parametrize("mode", list(TransferMode), ids=lambda mode: mode.name)
+@pytest.mark.parametrize("preempt", [False, True], ids=["one channel", "preempt"])
+def test_memory_is_what_was_sent(
+    kind: str, mode: TransferMode, preempt: bool, tmp_path: Path
+) -> None:
+    address = "tcp:127.0.0.1:0" if kind == "tcp" else f"unix:{tmp_path}/s"
+    for seed in range(SOAK):
+        migrate(address, seed, mode, preempt=preempt)
+
+
+def migrate(address: str, seed: int, mode: TransferMode, *, preempt: bool) -> None:
+    memory = contents(seed)
+    target = Pushed(seed, touched=300)
+    found = receive(address, memory, target, mode, preempt=preempt)
     assert target.side_by_side, "runs were foretold"
     assert found.requests > 0
     assert found.pages + found.zero_pages == sum(map(len, memory.values()))
@@ -172,22 +185,7 @@ def test_a_fault_read_in_the_middle_of_a_placement_is_asked_for() -> None:
     memory = contents(5)
     memory["pc.ram"][-2] = 0
     target = Interrupted()
-    with Listener(parse_address("tcp:127.0.0.1:0")) as listener:
-        arguments = (str(listener.address), memory, TransferMode.LATENCY, False)
-        source = threading.Thread(target=send, args=arguments)
-        source.start()
-        try:
-            found = DestinationLoop(
-                listener, DestinationConnection(), target, mode=TransferMode.LATENCY
-            ).run()
-            compare(
-                target.guest,
-                BLOCKS,
-                lambda name, at, size: memory[name].reshape(-1)[at : at + size].tobytes(),
-            )
-        finally:
-            target.close()
-        source.join(30)
+    found = receive("tcp:127.0.0.1:0", memory, target, TransferMode.LATENCY, preempt=False)
     assert target.was_pending
     assert found.faults == found.requests == 1
 
